@@ -1,0 +1,91 @@
+"""Bounds with a `because`: how much error is healthy, for which rung, seam and engine, and from what that was measured."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from harness.errors import HarnessError, within
+
+BOUNDS = Path(__file__).resolve().parent.parent / "ladders" / "qwen3_vl.toml"
+_REQUIRED = {"rung", "metric", "limit", "measured", "because", "date"}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """`limit` on `metric` (see `metrics.Distance`; prefixed `local.` or `accumulated.` where a rung measures both).
+
+    `seams` and `engine` are patterns. `measured` is the largest benign value seen, `because` says what was varied.
+    """
+
+    rung: str
+    metric: str
+    limit: float
+    measured: float
+    because: str
+    date: str
+    seams: str = "*"
+    engine: str = "*"
+
+    def covers(self, rung: str, seam: str, engine: str) -> bool:
+        """Whether the bound speaks of this seam on this engine."""
+        return self.rung == rung and fnmatchcase(seam, self.seams) and fnmatchcase(engine, self.engine)
+
+
+class Bounds:
+    """The bounds of one model. Where several cover a seam for a metric, the last in the file wins."""
+
+    def __init__(self, bounds: Iterable[Bound]) -> None:
+        self.all = tuple(bounds)
+
+    def at(self, rung: str, seam: str, engine: str = "") -> dict[str, Bound]:
+        """Bounds by metric."""
+        return {bound.metric: bound for bound in self.all if bound.covers(rung, seam, engine)}
+
+    def limit(self, rung: str, metric: str, seam: str = "", engine: str = "") -> float:
+        """One limit. Raises HarnessError where there is none: a rung without a bound decides nothing."""
+        found = self.at(rung, seam, engine).get(metric)
+        if found is None:
+            raise HarnessError(f"no bound on {metric!r} for rung {rung!r} (engine {engine!r})", where="bounds",
+                               fix="add one with its because")
+        return found.limit
+
+    def record(self) -> list[dict[str, Any]]:
+        """Plain JSON types, in order."""
+        return [dict(vars(bound)) for bound in self.all]
+
+
+def load_bounds(path: Path = BOUNDS) -> Bounds:
+    """Read a bounds file. Raises HarnessError for a bound without its because, an unknown key, or a limit below measured."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HarnessError("the file is missing", where=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HarnessError(f"not valid TOML ({error})", where=path) from error
+    with within(path):
+        if set(table) != {"bound"} or not table["bound"]:
+            raise HarnessError("must hold one or more [[bound]] tables and nothing else")
+        return Bounds(_bound(number, row) for number, row in enumerate(table["bound"], 1))
+
+
+def _bound(number: int, row: dict[str, Any]) -> Bound:
+    with within(f"bound {number} ({row.get('rung')} {row.get('metric')})"):
+        unknown = sorted(set(row) - set(Bound.__dataclass_fields__))
+        if unknown:
+            raise HarnessError(f"unknown key {unknown[0]!r}")
+        missing = sorted(key for key in _REQUIRED if row.get(key) in (None, ""))
+        if missing:
+            raise HarnessError(f"{missing[0]} is missing", fix="a bound says what it was measured from")
+        if isinstance(row["date"], date):
+            row = {**row, "date": row["date"].isoformat()}
+        limit, measured = float(row["limit"]), float(row["measured"])
+        if not (math.isfinite(limit) and 0 <= measured <= limit):
+            raise HarnessError(f"limit {limit} must be finite and at least the measured {measured}")
+        return Bound(**{**row, "limit": limit, "measured": measured})

@@ -1,0 +1,273 @@
+"""The command line: each verb is a line of help, its arguments, and one function; imports happen inside the verb.
+
+Exit codes: 0 pass, 1 fail, 2 usage or bad input, 3 could not decide, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import __version__
+from harness.errors import ExitCode, HarnessError
+
+if TYPE_CHECKING:
+    from harness.subject import Subject
+
+Arguments = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One subcommand: help, the groups of arguments it takes, and what it does; returns the exit code."""
+
+    help: str
+    arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
+    run: Callable[[Arguments], int]
+
+
+def _subject_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
+    add("--revision", help="revision of a hub id")
+    add("--graph", metavar="MODULE:FACTORY", help="torch graph under test (default: ours)")
+    add("--bundle", type=Path, metavar="DIR", help="LanguageBundle under test (default: export one)")
+    add("--vision-bundle", type=Path, metavar="DIR", help="vision bundle that goes with it")
+    add("--oracle", type=Path, metavar="DIR", help="recorded oracle (default: record or resume one)")
+    add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
+    add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
+    add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
+    add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
+    add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
+    add("--timeout", type=float, dest="timeout_s", metavar="S", help="seconds the engine may take (default: 900)")
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="report folder (default: reports/<checkpoint>-<mode>)")
+    parser.add_argument("--json", action="store_true", help="print the run record instead of the table")
+
+
+def _rung_arguments(parser: argparse.ArgumentParser) -> None:
+    from harness.ladder import NAMES
+
+    parser.add_argument("--rung", action="append", choices=NAMES, help="only this rung (may be repeated)")
+    parser.add_argument("--case", action="append", help="only this case (may be repeated)")
+
+
+def _record_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
+    add("--revision", help="revision of a hub id")
+    add("--out", type=Path, metavar="DIR", help="oracle folder (default: under oracles/recorded)")
+    add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
+    add("--revision", help="revision of a hub id")
+    add("--mode", choices=("fp16", "int8lin", "int8hu"), default="int8hu")
+    add("--out", type=Path, metavar="DIR", default=Path("build"), help="where the bundles go (default: build)")
+    add("--context", type=int, default=512, metavar="TOKENS", help="slots of the KV cache (default: 512)")
+    add("--dynamic", action="store_true", help="also export the dynamic-S twin")
+    add("--activations", choices=("fp16", "fp32"), default="fp16", help="fp32 separates structure from rounding")
+    add("--overwrite", action="store_true", help="replace bundles that are there")
+    add("--json", action="store_true", help="print paths and sizes as JSON")
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("report", type=Path, help="report folder with run.json and certificate.json")
+    parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("report", type=Path, nargs="*", help="report folder with run.json; two folders: what changed between them")
+    add("--card", action="store_true", help="print the section for a model card")
+    add("--index", type=Path, metavar="DIR", help="write DIR/index.html over the reports in DIR")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def subject_of(arguments: Arguments) -> Subject:
+    """A Subject from what the command line gave; what it did not give keeps the default of `subject.Options`."""
+    from harness.subject import Options, Subject
+
+    given = {name: value for name in Options.__dataclass_fields__
+             if (value := getattr(arguments, name, None)) is not None}
+    return Subject(Options(**given))
+
+
+def _gate(arguments: Arguments) -> int:
+    from harness.ladder import NAMES
+
+    return _judge(arguments, NAMES)
+
+
+def _ladder(arguments: Arguments) -> int:
+    from harness.ladder import NAMES
+
+    return _judge(arguments, [name for name in NAMES if not arguments.rung or name in arguments.rung])
+
+
+def _judge(arguments: Arguments, names: Sequence[str]) -> int:
+    from dataclasses import replace
+
+    from harness import session
+    from harness.run import Run
+    from harness.terminal import Screen
+
+    subject = subject_of(arguments)
+    subject.keep_cases(getattr(arguments, "case", None))
+    name = subject.checkpoint.name + (f"-{subject.options.mode}" if not subject.options.bundle
+                                      else f"-{subject.options.bundle.name}")
+    folder = arguments.out or Path("reports") / name
+    subject.options = replace(subject.options, work=folder)
+    run = Run(command="harness " + " ".join(sys.argv[1:]))
+    whole = list(names) == list(_all_rungs())
+    with Screen(quiet=arguments.json) as screen:
+        subject.progress = screen.step
+        session.climb_all(subject, run, names, screen.rung)
+    decision = session.write(run, subject, folder)
+    if arguments.json:
+        print(json.dumps(run.record()))
+    else:
+        screen.table(run, decision, names, folder)
+    return decision.exit_code if whole else _part(run, subject.policy)
+
+
+def _all_rungs() -> Sequence[str]:
+    from harness.ladder import NAMES
+
+    return NAMES
+
+
+def _part(run: Any, policy: Any) -> int:
+    """Exit code of a run that asked for some rungs only: theirs, not that of the ladder."""
+    from harness.verdict import exit_code, worst
+
+    return int(exit_code(worst(verdict.outcome for verdict in run.verdicts if not policy.excuses(verdict))))
+
+
+def _record(arguments: Arguments) -> int:
+    from harness.cases import CASES, load_cases
+    from harness.checkpoint import open_checkpoint
+    from harness.oracle import record
+    from harness.subject import recorded_folder
+    from harness.terminal import Screen
+
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
+    folder = arguments.out or recorded_folder(checkpoint)
+    with Screen() as screen:
+        oracle = record(checkpoint, load_cases(arguments.cases or CASES), folder, device=arguments.device,
+                        inside=_layers(arguments.inside),
+                        progress=lambda what, done, total: screen.step("record", done, total))
+    print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder}, digest {oracle.digest[:12]}")
+    return ExitCode.PASS
+
+
+def _layers(text: str | None) -> frozenset[int] | str | None:
+    if text is None or text == "all":
+        return text
+    try:
+        return frozenset(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise HarnessError(f"{text!r} is neither 'all' nor layer numbers", where="--inside",
+                           fix="write for example --inside 0,1,5") from error
+
+
+def _export(arguments: Arguments) -> int:
+    from harness.checkpoint import open_checkpoint
+    from harness.export import export
+    from harness.terminal import Screen
+
+    checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
+    with Screen(quiet=arguments.json) as screen:
+        result = export(checkpoint, arguments.out, arguments.mode, context=arguments.context,
+                        dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
+                        progress=screen.say)
+    print(json.dumps(result.record()) if arguments.json else result.describe())
+    return ExitCode.PASS
+
+
+def _verify(arguments: Arguments) -> int:
+    from harness.bundle import Bundle
+    from harness.gate import verify
+    from harness.session import read_report
+
+    record, certificate = read_report(arguments.report)
+    digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
+    found = verify(record, certificate, digest)
+    for sentence in found:
+        print(f"does not match: {sentence}")
+    if found:
+        return ExitCode.FAIL
+    speaks = f" and speaks for {arguments.bundle}" if arguments.bundle else "; give the bundle to check its bytes too"
+    print(f"{certificate['outcome']}: the certificate agrees with its record{speaks}")
+    return ExitCode.PASS if certificate["outcome"] == "PASS" else ExitCode.FAIL
+
+
+def _report(arguments: Arguments) -> int:
+    from harness.session import rerender
+
+    print(rerender(arguments.report, card=arguments.card, index=arguments.index))
+    return ExitCode.PASS
+
+
+def _doctor(arguments: Arguments) -> int:
+    from harness.doctor import examine
+
+    return examine()
+
+
+VERBS = {
+    "gate": Verb("run the whole ladder, write the report and the certificate", (_subject_arguments, _output_arguments),
+                 _gate),
+    "ladder": Verb("run some rungs", (_subject_arguments, _output_arguments, _rung_arguments), _ladder),
+    "record": Verb("record the fp32 oracle", (_record_arguments,), _record),
+    "export": Verb("quantize and export a bundle", (_export_arguments,), _export),
+    "verify": Verb("does a certificate still speak for a bundle?", (_verify_arguments,), _verify),
+    "report": Verb("render reports again from their records", (_report_arguments,), _report),
+    "doctor": Verb("what this machine can record, export and run", (_nothing,), _doctor),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="harness", description="Proves a model converted to Core AI right, or says where "
+                                  "it is wrong.", epilog="exit codes: 0 pass, 1 fail, 2 usage or bad input, 3 could not "
+                                  "decide, 130 interrupted")
+    top.add_argument("--version", action="version", version=f"harness {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
+        for add in verb.arguments:
+            add(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; whatever a user can mend is one sentence on stderr and a documented exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(VERBS[arguments.verb].run(arguments))
+    except HarnessError as error:
+        print(f"harness {arguments.verb}: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"harness {arguments.verb}: interrupted; what was recorded is kept, run the same command to go on",
+              file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

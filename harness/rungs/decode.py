@@ -1,0 +1,62 @@
+"""Decode: token by token from the cache, the graph chooses the oracle's tokens, with its logits and its KV cache.
+
+Prefill alone never reads what was written: the prompt goes in at once, the rollout one token a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from harness.engines import Request
+from harness.greedy import greedy
+from harness.ladder import judge
+from harness.metrics import kl_divergence
+from harness.subject import Subject
+from harness.trace import Trace
+from harness.verdict import Outcome, Verdict
+
+NAME = "decode"
+
+
+def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
+    """Tokens, KL over all positions, and the cache slot by slot in every layer."""
+    return {case: ("tokens", "kl", *cache_seams(subject.geometry.layers)) for case in subject.cases}
+
+
+def measure(subject: Subject, case: str) -> list[Verdict]:
+    """One prefill and n single steps against the oracle."""
+    recorded = subject.recorded(case)
+    tokens = recorded.rollout.tokens
+    request = Request(recorded.inputs, forced=tuple(int(token) for token in tokens), kv=True)
+    trace = next(subject.graph(case, stepwise=True).run([request]))
+    first = recorded.inputs.length - 1
+    rows = slice(first, first + len(tokens))
+    tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
+    verdicts = [greedy(NAME, case, "tokens", tokens, recorded.trace["logits"][rows], trace["logits"][rows], tie),
+                divergence(NAME, case, recorded.trace["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl"))]
+    seams = cache_seams(subject.geometry.layers)
+    return verdicts + judge(NAME, case, seams, by_layer(recorded.trace), {"": by_layer(trace)}, subject.bounds,
+                            regions=subject.regions(case))
+
+
+def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarray, limit: float) -> Verdict:
+    """Verdict on the largest KL(reference || candidate) over all positions, in nats."""
+    kl = kl_divergence(reference, candidate)
+    worst = int(kl.argmax())
+    agree = float((reference.argmax(-1) == candidate.argmax(-1)).mean())
+    return Verdict(rung, case, "kl", Outcome.PASS if kl[worst] <= limit else Outcome.FAIL,
+                   f"KL at most {kl[worst]:.3g} nats, at position {worst}; top-1 agrees on {agree:.1%}", "kl",
+                   float(kl[worst]), limit, figures={"mean": float(kl.mean()), "top1": agree, "at": worst})
+
+
+def cache_seams(layers: int) -> tuple[str, ...]:
+    """Names of the cache of every layer."""
+    return tuple(f"kv.{part}.{layer:02d}" for layer in range(layers) for part in ("keys", "values"))
+
+
+def by_layer(trace: Mapping[str, np.ndarray]) -> Trace:
+    """`kv.keys`, `kv.values` [L, kv_heads, T, head_dim] -> one seam a layer, slots on axis 0: [T, kv_heads, head_dim]."""
+    return Trace({f"kv.{part}.{layer:02d}": state.transpose(1, 0, 2) for part in ("keys", "values")
+                  if f"kv.{part}" in trace for layer, state in enumerate(trace[f"kv.{part}"])})

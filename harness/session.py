@@ -1,0 +1,142 @@
+"""One run from start to finish: climb the rungs, localize what failed, fold, write the record and its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import HarnessError
+from harness.gate import Decision, certificate, fold
+from harness.ladder import NAMES
+from harness.run import Run, write_atomic, write_json
+from harness.subject import Subject
+from harness.trace import decoder_seams
+from harness.verdict import Outcome, Verdict
+from harness.zoom import localize
+
+Progress = Callable[[str, str, int, int], None]
+
+
+def climb_all(subject: Subject, run: Run, names: Sequence[str] = NAMES,
+              progress: Progress = lambda rung, case, done, total: None) -> None:
+    """Judge the named rungs into `run.verdicts`, localize failures, and gather what the report shows."""
+    from harness.rungs import CHECKS, answers
+
+    if "tokens" in names or "engine" in names:
+        with run.timed("prepare engine"):
+            subject.start_engine()
+    for name in names:
+        plan = _plan(subject, run, name)
+        with run.timed(f"rung {name}"):
+            for done, case in enumerate(plan):
+                progress(name, case, done, len(plan))
+                run.verdicts += answers(CHECKS[name], subject, case)
+    with run.timed("localize"):
+        run.localization = localize(subject, run.verdicts)
+    with run.timed("describe"):
+        describe(subject, run)
+
+
+def _plan(subject: Subject, run: Run, name: str) -> Sequence[str]:
+    """Cases of a rung; a plan that cannot be made is an ERROR of the rung, not the end of the run."""
+    from harness.rungs import CHECKS
+
+    try:
+        return list(CHECKS[name].plan(subject))
+    except HarnessError as error:
+        run.verdicts.append(Verdict(name, "*", "*", Outcome.ERROR, str(error)))
+        return []
+
+
+def describe(subject: Subject, run: Run) -> None:
+    """Fill in what was judged and by what; what cannot be known any more is left empty, the verdicts say why."""
+    checkpoint = subject.checkpoint
+    run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
+    run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
+                                  "geometry": subject.geometry.record()},
+                   "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
+                   "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity}),
+                   "bundle": _try(lambda: subject.bundle.record()),
+                   "vision_bundle": _try(lambda: subject.vision_bundle.record())}
+    run.engine = _try(lambda: subject.engine_facts) or {}
+    run.speed = _try(lambda: subject.speed()) or {}
+    run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
+    run.tokens = [row for name in subject.cases if (row := _try(lambda name=name: token_rows(subject, name)))]
+    run.heat = [row for name in subject.cases if (row := _try(lambda name=name: heat_rows(subject, name)))]
+    run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
+                    "stored": verdict.figures.get("stored"), "error": verdict.value}
+                   for verdict in run.of("weights")]
+
+
+def _try(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except HarnessError:
+        return None
+
+
+def case_row(subject: Subject, name: str) -> dict[str, Any]:
+    """What the report says of a case."""
+    case, recorded = subject.cases[name], subject.recorded(name)
+    row: dict[str, Any] = {"name": name, "why": case.why, "length": recorded.inputs.length, "image": None,
+                           "prompt": "\n".join(turn.text for turn in case.turns), "engine": case.engine}
+    if recorded.inputs.grid:
+        _, height, width = recorded.inputs.grid
+        merge = subject.geometry.merge
+        first = int((recorded.inputs.ids == subject.geometry.image_token).argmax())
+        row["image"] = {"grid": [height // merge, width // merge], "first": first,
+                        "count": height * width // merge**2}
+    return row
+
+
+def token_rows(subject: Subject, name: str) -> dict[str, Any]:
+    """Oracle beside python (the twin) beside the engine, step by step, each row from the same forced tokens."""
+    recorded = subject.recorded(name)
+    first, oracle = recorded.inputs.length - 1, recorded.rollout.tokens
+    python = _try(lambda: subject.twin_tokens(name)) if subject.cases[name].engine else None
+    engine = _try(lambda: subject.engine_trace(name)["logits"].argmax(-1)) if python else None
+    rows = []
+    for step, token in enumerate(map(int, oracle)):
+        rows.append({"step": step, "position": first + step + 1, "oracle": token,
+                     "python": int(python[step]) if python else None,
+                     "engine": int(engine[first + step]) if engine is not None else None,
+                     "margin": round(float(recorded.rollout.margins[step]), 4),
+                     "tie": step in recorded.rollout.ties, "text": subject.decode_text(token)})
+    return {"case": name, "steps": rows}
+
+
+def heat_rows(subject: Subject, name: str) -> dict[str, Any]:
+    """log10 of each token's relative error after every decoder layer: the graph against the oracle."""
+    import numpy as np
+
+    recorded, trace = subject.recorded(name), subject.graph_trace(name, "accumulated")
+    seams = [seam for seam in decoder_seams(subject.geometry) if seam in trace and seam in recorded.trace]
+    values = []
+    for seam in seams:
+        reference, got = (array.astype(np.float64).reshape(len(array), -1) for array in (recorded.trace[seam], trace[seam]))
+        norms = np.linalg.norm(reference, axis=1)
+        error = np.linalg.norm(got - reference, axis=1) / np.maximum(norms, 1e-30)
+        values.append([round(float(value), 2) if np.isfinite(value) else None
+                       for value in np.log10(np.maximum(error, 1e-12))])
+    return {"case": name, "way": "accumulated", "seams": seams, "values": values}
+
+
+def write(run: Run, subject: Subject, folder: Path) -> Decision:
+    """Write run.json, certificate.json, report.md and report.html into `folder`; each whole or not at all."""
+    from harness.report import render_html, render_markdown
+
+    decision = fold(run.verdicts, subject.policy)
+    record, signed = run.record(), certificate(run, subject.policy)
+    write_json(folder / "run.json", record)
+    write_json(folder / "certificate.json", signed)
+    write_atomic(folder / "report.md", render_markdown(record, signed))
+    write_atomic(folder / "report.html", render_html(record, signed))
+    return decision
+
+
+def read_report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and certificate.json of a report folder. Raises HarnessError where one is missing or no JSON."""
+    from harness.checkpoint import read_json
+
+    return read_json(folder / "run.json"), read_json(folder / "certificate.json")

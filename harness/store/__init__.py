@@ -1,0 +1,18 @@
+"""Oracles on disk: versioned, content-addressed, written atomically, resumable, read without torch.
+
+    <oracle>/manifest.json                  schema, Identity, when it was created
+    <oracle>/cases/<case>/<part>.safetensors
+    <oracle>/cases/<case>/<part>.json       sha256, shape and dtype of every tensor; a part counts once this exists
+    <oracle>/cases/<case>/case.json         the frozen Case; a case counts once this exists
+
+Each file appears whole or not at all: it is written beside its place under a temporary name, flushed, and renamed.
+What a killed run leaves behind is a temporary file, which the next run removes, or a part, which it need not make again.
+"""
+
+from __future__ import annotations
+
+from harness.store.identity import Identity, definition
+from harness.store.reader import Oracle, OracleCase
+from harness.store.writer import CaseWriter, OracleWriter
+
+__all__ = ["CaseWriter", "Identity", "Oracle", "OracleCase", "OracleWriter", "definition"]

@@ -1,0 +1,155 @@
+"""Reading an oracle: lazily, every array checked against its sha256 when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.cases import Case, FrozenInputs, Rollout
+from harness.checkpoint import read_json
+from harness.errors import HarnessError, within
+from harness.store.files import read_tensors, safe_name
+from harness.store.identity import AGAIN, SCHEMA, Identity, definition, digest, need, read_manifest
+from harness.trace import Trace
+
+INPUTS, ROLLOUT = "inputs", "rollout"
+"""The parts that are no activations; every other part belongs to the trace."""
+
+
+class Oracle:
+    """An oracle on disk."""
+
+    def __init__(self, path: Path, identity: Identity, digests: Mapping[str, str]) -> None:
+        self.path, self.identity, self._digests = path, identity, dict(digests)
+
+    @classmethod
+    def open(cls, path: Path, checkpoint_digest: str | None = None) -> Oracle:
+        """Open for reading; with `checkpoint_digest`, refuse an oracle recorded from another checkpoint.
+
+        Raises HarnessError where it is no oracle, of another schema, of another checkpoint, or holds no whole case.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            raise HarnessError("no oracle there", where=path, fix="make one with `harness record`")
+        identity = read_manifest(path / "manifest.json")
+        if checkpoint_digest is not None and identity.checkpoint_digest != checkpoint_digest:
+            raise HarnessError(f"oracle from another checkpoint revision: recorded from {identity.checkpoint} at "
+                               f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint given "
+                               f"has {checkpoint_digest[:12]}", where=path, fix="record it again for this checkpoint")
+        digests = {}
+        for file in sorted(path.glob("cases/*/case.json")):
+            with within(file):
+                digests[file.parent.name] = need(read_json(file), "digest")
+        if not digests:
+            raise HarnessError("holds no whole case", where=path, fix="run `harness record` to its end")
+        return cls(path, identity, digests)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of the whole cases, sorted."""
+        return tuple(self._digests)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over schema, identity and the digests of all cases; the time of recording is left out."""
+        return digest([SCHEMA, self.identity.record(), self._digests])
+
+    def case(self, name: str) -> OracleCase:
+        """One whole case. Raises HarnessError where there is none of that name, or its records were changed."""
+        if name not in self._digests:
+            raise HarnessError("the oracle has no such case", where=f"{self.path}: {name}",
+                               fix=f"it has {', '.join(self.cases)}")
+        found = OracleCase(self.path / "cases" / name)
+        if found.digest != self._digests[name]:
+            raise HarnessError("the case was recorded anew since the oracle was opened", where=found.folder)
+        return found
+
+    def stale(self, case: Case) -> str | None:
+        """Why the record no longer stands for this case (changed turns, decode length or image), or None."""
+        if case.name not in self._digests:
+            return "it is not recorded"
+        now, then = definition(case), self.case(case.name).definition
+        changed = [key for key in now if now[key] != then.get(key)]
+        return f"its {' and '.join(changed)} changed since it was recorded" if changed else None
+
+
+class OracleCase:
+    """One recorded case; tensors are read and verified when first asked for.
+
+    `definition` is `store.definition` of the case as it was recorded, `facts` plain values about the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        with within(folder / "case.json"):
+            record = read_json(folder / "case.json")
+            self.definition: dict[str, Any] = need(record, "definition")
+            self.case_record: dict[str, Any] = {**need(record, "case"), **self.definition}
+            self.facts: dict[str, Any] = need(record, "facts")
+            self.digest: str = need(record, "digest")
+            self._tensors = {part: need(read_json(folder / f"{safe_name(part)}.json"), "tensors")
+                             for part in need(record, "parts")}
+            if self.digest != case_digest(self.name, self.definition, self._tensors):
+                raise HarnessError("its records are not those that were written", fix=AGAIN)
+
+    @property
+    def seams(self) -> tuple[str, ...]:
+        """Names in the trace: seams, `kv.keys`, `kv.values`."""
+        return tuple(name for part in self._trace_parts() for name in self._tensors[part])
+
+    @cached_property
+    def inputs(self) -> FrozenInputs:
+        """The frozen processed inputs."""
+        held = self._load(INPUTS)
+        grid = tuple(held["grid"].tolist()) if "grid" in held else None
+        return FrozenInputs(self.name, held["ids"], held["positions"], held.get("patches"), grid)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """Greedy tokens, margins and ties."""
+        held = self._load(ROLLOUT)
+        return Rollout(held["tokens"], held["margins"], tuple(held["ties"].tolist()))
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Planes t, h, w [3, T + n] int32 over prompt and rollout."""
+        return self._load(ROLLOUT)["positions"]
+
+    @property
+    def noise(self) -> float:
+        """Largest difference between the logits of one forward and of cached steps: the reference's own noise."""
+        return float(self._load(ROLLOUT)["noise"][0])
+
+    @cached_property
+    def trace(self) -> Trace:
+        """All seams over prompt + rollout (logits row i predicts token i + 1), and `kv.keys`, `kv.values`.
+
+        Read and verified once, then held as long as this object; `load` reads a part of it and holds nothing.
+        """
+        return self.load(self.seams)
+
+    def load(self, seams: Sequence[str]) -> Trace:
+        """Only these seams; those that were not recorded stay lacking."""
+        wanted, arrays = set(seams), {}
+        for part in self._trace_parts():
+            arrays |= self._load(part, wanted)
+        return Trace(arrays, dict(self.facts))
+
+    def _trace_parts(self) -> Iterator[str]:
+        return (part for part in self._tensors if part not in (INPUTS, ROLLOUT))
+
+    def _load(self, part: str, wanted: set[str] | None = None) -> dict[str, np.ndarray]:
+        records = self._tensors.get(part)
+        if records is None:
+            raise HarnessError(f"the case has no part {part!r}", where=self.folder, fix=AGAIN)
+        names = [name for name in records if wanted is None or name in wanted]
+        return read_tensors(self.folder / f"{part}.safetensors", records, names) if names else {}
+
+
+def case_digest(name: str, defined: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """What stands for one case: its name, its definition and the sha256 of every tensor."""
+    return digest([name, defined, tensors])

@@ -1,0 +1,104 @@
+"""Writing an oracle: case by case, part by part; a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.cases import Case
+from harness.checkpoint import read_json
+from harness.errors import HarnessError
+from harness.store.files import clean, disk_errors, lock, safe_name, write_json, write_tensors
+from harness.store.identity import SCHEMA, Identity, definition, digest, need, read_manifest
+from harness.store.reader import OracleCase, case_digest
+
+
+class OracleWriter:
+    """Adds cases to an oracle; one process at a time; a context manager that lets go of the directory.
+
+    Raises HarnessError where the directory holds an oracle of another identity, is being written by another process,
+    or cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self.path, self.identity = Path(path), identity
+        with disk_errors(self.path):
+            (self.path / "cases").mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
+            clean(self.path)
+        manifest = self.path / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, {"schema": SCHEMA, "identity": identity.record(),
+                                  "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        difference = read_manifest(manifest).differs(identity)
+        if difference:
+            self.close()
+            raise HarnessError(f"holds an oracle of another kind: {difference}", where=self.path,
+                               fix="record into another directory, or remove this one")
+
+    def close(self) -> None:
+        """Let another process write."""
+        os.close(self._lock)
+
+    def __enter__(self) -> OracleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def complete(self, case: Case, seams: Collection[str] = ()) -> bool:
+        """Whether this very case (turns, decode length, image bytes) is recorded with at least these seams."""
+        try:
+            found = OracleCase(self.path / "cases" / safe_name(case.name))
+        except HarnessError:  # not there, or not whole: either way it is recorded anew
+            return False
+        return found.definition == definition(case) and set(seams) <= set(found.seams)
+
+    def case(self, case: Case) -> CaseWriter:
+        """Begin one case, or go on with it."""
+        return CaseWriter(self.path / "cases" / safe_name(case.name), case)
+
+
+class CaseWriter:
+    """Parts of one case, then `finish`; until then the case does not count."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        self.folder, self.case, self.definition = folder, case, definition(case)
+        self._tensors: dict[str, Any] = {}
+        with disk_errors(folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "case.json").unlink(missing_ok=True)
+
+    def part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write one part: arrays of float32, float64, int32 or int64."""
+        record = self.folder / f"{safe_name(name)}.json"
+        record.unlink(missing_ok=True)
+        self._tensors[name] = write_tensors(self.folder / f"{name}.safetensors", arrays)
+        write_json(record, {"definition": digest(self.definition), "tensors": self._tensors[name]})
+
+    def resume(self, name: str, tensors: Collection[str]) -> bool:
+        """Take over a part that an earlier run finished for this very case with these tensors; False where there is none.
+
+        The definition does not say how the numbers were made, the oracle's Identity does: a part is of one identity
+        because its directory is.
+        """
+        record = self.folder / f"{safe_name(name)}.json"
+        if not record.exists():
+            return False
+        held = read_json(record)
+        if need(held, "definition") != digest(self.definition) or set(need(held, "tensors")) != set(tensors):
+            return False
+        self._tensors[name] = held["tensors"]
+        return True
+
+    def finish(self, facts: Mapping[str, Any] | None = None) -> None:
+        """Make the case count. `facts` are plain values about the run, times for example; no digest covers them."""
+        write_json(self.folder / "case.json", {
+            "case": {"name": self.case.name, "why": self.case.why, "engine": self.case.engine},
+            "definition": self.definition, "parts": list(self._tensors), "facts": dict(facts or {}),
+            "digest": case_digest(self.case.name, self.definition, self._tensors)})

@@ -1,0 +1,237 @@
+"""What is under test and what it is judged by, each made when first asked for and kept."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.bounds import BOUNDS, Bounds, load_bounds
+from harness.cases import CASES, Case, load_cases
+from harness.checkpoint import Checkpoint, Geometry, open_checkpoint
+from harness.errors import HarnessError, Undecided
+from harness.policy import POLICY, Policy, load_policy
+from harness.store import Oracle, OracleCase
+from harness.trace import Trace, decoder_seams, vision_seams
+
+if TYPE_CHECKING:
+    from harness.bundle import Bundle
+    from harness.engines.torch_graph import TorchGraph
+    from harness.graph.protocol import Conversion
+    from harness.graph.reference import Reference
+
+OURS = "harness.graph.reference:factory"
+RECORDED = Path(__file__).resolve().parent.parent / "oracles" / "recorded"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; None means the default: the embedded checkpoint, our graph, an oracle and a bundle of our own.
+
+    mode: fp16, int8lin or int8hu, for a bundle that we export. work: where what is made goes.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    graph: str = OURS
+    bundle: Path | None = None
+    vision_bundle: Path | None = None
+    oracle: Path | None = None
+    mode: str = "int8hu"
+    device: str = "cpu"
+    cases: Path = CASES
+    bounds: Path = BOUNDS
+    policy: Path = POLICY
+    work: Path = Path("reports/latest")
+    grid: tuple[int, int] = (28, 28)
+    context: int = 512
+    timeout_s: float = 900.0
+
+
+def kept(method: Callable) -> Callable:
+    """Compute once for each object and arguments, and remember it on the object, so that it goes when the object goes."""
+    @wraps(method)
+    def remember(self: Any, *arguments: Any) -> Any:
+        key = (method.__name__, arguments)
+        if key not in self.memory:
+            self.memory[key] = method(self, *arguments)
+        return self.memory[key]
+    return remember
+
+
+@dataclass
+class Subject:
+    """Lazy: asking for the plan of a rung opens the checkpoint's header and the cases, nothing else.
+
+    `progress(step, done, total)` is called while long steps run.
+    """
+
+    options: Options
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint under conversion."""
+        return open_checkpoint(self.options.checkpoint, self.options.revision)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Its geometry."""
+        return self.checkpoint.geometry
+
+    @cached_property
+    def cases(self) -> dict[str, Case]:
+        """Cases by name."""
+        return {case.name: case for case in load_cases(self.options.cases)}
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """Bounds in force."""
+        return load_bounds(self.options.bounds)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """Policy in force."""
+        return load_policy(self.options.policy)
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        """The oracle given, or one recorded (or resumed) now."""
+        if self.options.oracle is not None:
+            return Oracle.open(self.options.oracle, checkpoint_digest=self.checkpoint.digest)
+        from harness.oracle import record
+
+        return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint),
+                      device=self.options.device,
+                      progress=lambda what, done, total: self.progress("record", done, total))
+
+    @kept
+    def recorded(self, case: str) -> OracleCase:
+        """What the oracle holds of a case. Raises HarnessError where it lacks it or the case has changed since."""
+        if case not in self.oracle.cases:
+            raise HarnessError("the oracle has no such case", where=case, fix="record it again")
+        changed = self.oracle.stale(self.cases[case])
+        if changed:
+            raise HarnessError(changed, where=case, fix="record the oracle again")
+        return self.oracle.case(case)
+
+    def sequence(self, case: str) -> np.ndarray:
+        """Prompt and oracle rollout, HF ids [T + n] int64."""
+        recorded = self.recorded(case)
+        return np.concatenate([recorded.inputs.ids, recorded.rollout.tokens]).astype(np.int64)
+
+    def regions(self, case: str) -> dict[str, np.ndarray]:
+        """Token indices of the prompt and rollout: image and text apart."""
+        image = self.sequence(case) == self.geometry.image_token
+        return {"image": np.flatnonzero(image), "text": np.flatnonzero(~image)}
+
+    def grid(self, case: str) -> tuple[int, int]:
+        """Patch grid (rows, columns) the case needs; a text case runs on the bundle's."""
+        grid = self.recorded(case).inputs.grid
+        return (grid[1], grid[2]) if grid else self.options.grid
+
+    def image_cases(self) -> list[str]:
+        """Names of the cases with an image."""
+        return [name for name, case in self.cases.items() if case.images]
+
+    def engine_cases(self) -> list[str]:
+        """Names of the cases that the bundle runs too."""
+        return [name for name, case in self.cases.items() if case.engine]
+
+    # The graph under test.
+
+    @kept
+    def conversion(self, grid: tuple[int, int]) -> Conversion:
+        """The graph under test for one grid, in float32."""
+        module, _, name = self.options.graph.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise HarnessError(f"cannot be imported ({error})", where=f"--graph {self.options.graph}",
+                               fix="give module:factory, with the module on PYTHONPATH") from error
+        return factory(self.checkpoint.root, grid)
+
+    def graph(self, case: str, **settings: Any) -> TorchGraph:
+        """The engine that runs the graph under test on a case's grid."""
+        from harness.engines.torch_graph import TorchGraph
+
+        return TorchGraph(self.conversion(self.grid(case)), self.geometry, **settings)
+
+    @kept
+    def graph_trace(self, case: str, way: str) -> Trace:
+        """The graph over prompt and oracle rollout at all seams it offers; way "local" injects the oracle's stream."""
+        from harness.engines import Request
+
+        recorded, engine = self.recorded(case), self.graph(case)
+        request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)), seams=engine.seams())
+        stream = [*vision_seams(self.geometry), *decoder_seams(self.geometry)]
+        return next(engine.run([request], inject=recorded.trace if way == "local" else None, inject_at=stream))
+
+    # The bundle under test, and its twin.
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The bundle given, or one exported now into the work folder."""
+        from harness.bundle import Bundle
+
+        if self.options.bundle is not None:
+            return Bundle.open(self.options.bundle)
+        return Bundle.open(self.exported.decoder)
+
+    @property
+    def mode(self) -> str:
+        """Quantization mode: as the bundle's metadata says, or as asked for."""
+        return self.bundle.mode if self.options.bundle is not None else self.options.mode
+
+    @kept
+    def twin(self, grid: tuple[int, int]) -> Reference:
+        """Our graph with the weights that the bundle should hold: quantized as its mode says, widened to float32."""
+        from harness.graph.quantize import RECIPES, twin_weights
+        from harness.graph.reference import Reference
+
+        if self.mode not in RECIPES:
+            raise Undecided(f"quantization mode {self.mode!r} is not known, so no twin can be made",
+                            where=self.bundle.path, fix=f"known are {', '.join(RECIPES)}")
+        return Reference(self.geometry, grid, twin_weights(self.checkpoint, RECIPES[self.mode]))
+
+    def _twin_engine(self, case: str) -> TorchGraph:
+        from harness.engines.torch_graph import TorchGraph
+
+        return TorchGraph(self.twin(self.grid(case)), self.geometry, name="twin-fp32")
+
+    @kept
+    def twin_tokens(self, case: str) -> tuple[int, ...]:
+        """The twin's own greedy rollout, as long as the oracle's: what python says."""
+        from harness.engines import Request
+
+        recorded = self.recorded(case)
+        request = Request(recorded.inputs, free=len(recorded.rollout.tokens))
+        return tuple(next(self._twin_engine(case).run([request])).facts["tokens"])
+
+    @kept
+    def twin_trace(self, case: str, tokens: tuple[int, ...]) -> Trace:
+        """The twin over prompt and `tokens`, at every seam, the cache included."""
+        from harness.engines import Request
+
+        engine = self._twin_engine(case)
+        request = Request(self.recorded(case).inputs, forced=tokens, seams=engine.seams(), kv=True)
+        return next(engine.run([request]))
+
+
+def recorded_folder(checkpoint: Checkpoint) -> Path:
+    """Where an oracle goes unless the user says otherwise: one folder a checkpoint and transformers version."""
+    from importlib.metadata import version
+
+    return RECORDED / f"{checkpoint.name}-{checkpoint.digest[:12]}-transformers-{version('transformers')}"
+
+
+def offered(subject: Subject, case: str, seams: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split seams into those that the graph under test offers on this case, and those it lacks."""
+    have = frozenset(subject.conversion(subject.grid(case)).seams())
+    return [seam for seam in seams if seam in have], [seam for seam in seams if seam not in have]

@@ -1,0 +1,7 @@
+"""Quantization costs no more than the policy allows."""
+
+RUNG = "quantized"
+
+
+def test_price(verdict, holds):
+    holds(verdict)
