@@ -94,13 +94,18 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index", type=Path, metavar="DIR", help="write DIR/index.html over the reports in DIR")
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="TOML", required=True, help="where the bounds are written")
+
+
 def _nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
 def subject_of(arguments: Arguments) -> Subject:
     """A Subject from what the command line gave; what it did not give keeps the default of `subject.Options`."""
-    from harness.subject import Options, Subject
+    from harness.options import Options
+    from harness.subject import Subject
 
     given = {name: value for name in Options.__dataclass_fields__
              if (value := getattr(arguments, name, None)) is not None}
@@ -134,9 +139,12 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     subject.options = replace(subject.options, work=folder)
     run = Run(command="harness " + " ".join(sys.argv[1:]))
     whole = list(names) == list(_all_rungs())
-    with Screen(quiet=arguments.json) as screen:
-        subject.progress = screen.step
-        session.climb_all(subject, run, names, screen.rung)
+    try:
+        with Screen(quiet=arguments.json) as screen:
+            subject.progress = screen.step
+            session.climb_all(subject, run, names, screen.rung)
+    finally:
+        subject.close()
     decision = session.write(run, subject, folder)
     if arguments.json:
         print(json.dumps(run.record()))
@@ -166,7 +174,7 @@ def _record(arguments: Arguments) -> int:
     from harness.terminal import Screen
 
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
-    folder = arguments.out or recorded_folder(checkpoint)
+    folder = arguments.out or recorded_folder(checkpoint, arguments.device)
     with Screen() as screen:
         oracle = record(checkpoint, load_cases(arguments.cases or CASES), folder, device=arguments.device,
                         inside=_layers(arguments.inside),
@@ -196,6 +204,23 @@ def _export(arguments: Arguments) -> int:
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
                         progress=screen.say)
     print(json.dumps(result.record()) if arguments.json else result.describe())
+    return ExitCode.PASS
+
+
+def _calibrate(arguments: Arguments) -> int:
+    from harness.calibrate import calibrate, to_toml
+    from harness.run import write_atomic
+    from harness.terminal import Screen
+
+    subject = subject_of(arguments)
+    try:
+        with Screen() as screen:
+            subject.progress = screen.step
+            bounds = calibrate(subject, screen.step)
+    finally:
+        subject.close()
+    write_atomic(arguments.out, to_toml(bounds, "harness " + " ".join(sys.argv[1:])))
+    print(f"{len(bounds)} bounds written to {arguments.out}")
     return ExitCode.PASS
 
 
@@ -235,6 +260,8 @@ VERBS = {
     "ladder": Verb("run some rungs", (_subject_arguments, _output_arguments, _rung_arguments), _ladder),
     "record": Verb("record the fp32 oracle", (_record_arguments,), _record),
     "export": Verb("quantize and export a bundle", (_export_arguments,), _export),
+    "calibrate": Verb("measure this model's healthy noise and write its bounds",
+                      (_subject_arguments, _calibrate_arguments), _calibrate),
     "verify": Verb("does a certificate still speak for a bundle?", (_verify_arguments,), _verify),
     "report": Verb("render reports again from their records", (_report_arguments,), _report),
     "doctor": Verb("what this machine can record, export and run", (_nothing,), _doctor),

@@ -28,8 +28,10 @@ GENERATED = re.compile(r"(white|noise):(\d{1,5})x(\d{1,5})(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Numbers of preprocessor_config.json. Sizes in pixels; `least` and `most` bound height x width; mean and std are of
-    values in 0..1, by colour."""
+    """Numbers of preprocessor_config.json.
+
+    Sizes in pixels; `least` and `most` bound height x width; mean and std are of values in 0..1, by colour.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -50,7 +52,8 @@ class Preprocessing:
             raise HarnessError(f"the key {error} is missing", where="preprocessor_config.json",
                                fix="add it; no default is assumed") from error
         if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255) or config.get("resample", 3) != 3:
-            raise HarnessError("only 8-bit rescaling and bicubic resizing are supported", where="preprocessor_config.json")
+            raise HarnessError("only 8-bit rescaling and bicubic resizing are supported",
+                               where="preprocessor_config.json")
         return read
 
 

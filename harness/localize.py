@@ -32,6 +32,12 @@ def _local_excess(verdict: Verdict) -> bool:
     return any(float(region.get(name, 0.0)) > verdict.bound for region in verdict.figures.get("local", {}).values())
 
 
+def inherited(verdict: Verdict) -> bool:
+    """Whether a seam fails by accumulated error alone: it computes rightly what it was handed wrongly."""
+    return ("local" in verdict.figures and (verdict.metric or "").startswith("accumulated.")
+            and not _local_excess(verdict))
+
+
 def broken(verdicts: Sequence[Verdict]) -> Iterable[Verdict]:
     """One culprit for each rung and case that failed, rungs in order."""
     for rung in ORDER:

@@ -35,7 +35,8 @@ class Judged:
     @cached_property
     def subject(self) -> Any:
         """Made of the command-line options."""
-        from harness.subject import Options, Subject
+        from harness.options import Options
+        from harness.subject import Subject
 
         given = {name.replace("-", "_"): Path(value) if name in _PATHS else value for name in OPTIONS
                  if name != "report" and (value := self.config.getoption(f"--{name}")) is not None}

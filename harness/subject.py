@@ -11,46 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.bounds import BOUNDS, Bounds, load_bounds
-from harness.cases import CASES, Case, load_cases
-from harness.checkpoint import Checkpoint, Geometry, open_checkpoint
+from harness.bounds import Bounds, load_bounds
+from harness.cases import Case, load_cases
+from harness.checkpoint import Checkpoint, Geometry, open_checkpoint, read_json
 from harness.errors import HarnessError, Undecided
-from harness.policy import POLICY, Policy, load_policy
+from harness.options import Options
+from harness.policy import Policy, load_policy
 from harness.store import Oracle, OracleCase
 from harness.trace import Trace, decoder_seams, vision_seams
 
 if TYPE_CHECKING:
+    from harness.background import EngineJob, ExportJob
     from harness.bundle import Bundle
+    from harness.engines import Engine
+    from harness.host import Preprocessing
     from harness.engines.torch_graph import TorchGraph
     from harness.graph.protocol import Conversion
     from harness.graph.reference import Reference
 
-OURS = "harness.graph.reference:factory"
 RECORDED = Path(__file__).resolve().parent.parent / "oracles" / "recorded"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose; None means the default: the embedded checkpoint, our graph, an oracle and a bundle of our own.
-
-    mode: fp16, int8lin or int8hu, for a bundle that we export. work: where what is made goes.
-    """
-
-    checkpoint: str | None = None
-    revision: str | None = None
-    graph: str = OURS
-    bundle: Path | None = None
-    vision_bundle: Path | None = None
-    oracle: Path | None = None
-    mode: str = "int8hu"
-    device: str = "cpu"
-    cases: Path = CASES
-    bounds: Path = BOUNDS
-    policy: Path = POLICY
-    work: Path = Path("reports/latest")
-    grid: tuple[int, int] = (28, 28)
-    context: int = 512
-    timeout_s: float = 900.0
 
 
 def kept(method: Callable) -> Callable:
@@ -107,7 +86,7 @@ class Subject:
             return Oracle.open(self.options.oracle, checkpoint_digest=self.checkpoint.digest)
         from harness.oracle import record
 
-        return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint),
+        return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
                       device=self.options.device,
                       progress=lambda what, done, total: self.progress("record", done, total))
 
@@ -135,6 +114,38 @@ class Subject:
         """Patch grid (rows, columns) the case needs; a text case runs on the bundle's."""
         grid = self.recorded(case).inputs.grid
         return (grid[1], grid[2]) if grid else self.options.grid
+
+    def keep_cases(self, names: Sequence[str] | None) -> None:
+        """Judge only the named cases. Raises HarnessError for a name that no case has."""
+        unknown = sorted(set(names or ()) - set(self.cases))
+        if unknown:
+            raise HarnessError("no such case", where=unknown[0], fix=f"the cases are {', '.join(self.cases)}")
+        if names:
+            self.cases = {name: case for name, case in self.cases.items() if name in names}
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """Image numbers of the checkpoint's preprocessor_config.json."""
+        from harness.host import Preprocessing
+
+        return Preprocessing.from_config(read_json(self.checkpoint.root / "preprocessor_config.json"))
+
+    @property
+    def tokenizer(self) -> Path:
+        """Tokenizer directory that the host uses: the bundle's own where one was given."""
+        given = self.bundle.tokenizer if self.options.bundle is not None else None
+        return given or self.checkpoint.root
+
+    @kept
+    def decode_text(self, token: int) -> str:
+        """Text of one token id."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from harness.host import load_tokenizer
+
+        return load_tokenizer(self.tokenizer)
 
     def image_cases(self) -> list[str]:
         """Names of the cases with an image."""
@@ -176,13 +187,29 @@ class Subject:
     # The bundle under test, and its twin.
 
     @cached_property
+    def _export(self) -> ExportJob:
+        from harness.background import ExportJob
+
+        chosen = ["--mode", self.options.mode, "--context", str(self.options.context)]
+        return ExportJob([*([self.options.checkpoint] if self.options.checkpoint else []), *chosen],
+                         self.options.work / "bundles")
+
+    @cached_property
     def bundle(self) -> Bundle:
-        """The bundle given, or one exported now into the work folder."""
+        """The bundle given, or one exported into the work folder."""
         from harness.bundle import Bundle
 
-        if self.options.bundle is not None:
-            return Bundle.open(self.options.bundle)
-        return Bundle.open(self.exported.decoder)
+        return Bundle.open(self.options.bundle or Path(self._export.result()["decoder"]))
+
+    @cached_property
+    def vision_bundle(self) -> Bundle | None:
+        """The vision bundle that goes with it: given, exported, or None."""
+        from harness.bundle import VISION, Bundle
+
+        path = self.options.vision_bundle
+        if path is None and self.options.bundle is None:
+            path = Path(self._export.result()["vision"])
+        return Bundle.open(path, VISION) if path else None
 
     @property
     def mode(self) -> str:
@@ -198,7 +225,8 @@ class Subject:
         if self.mode not in RECIPES:
             raise Undecided(f"quantization mode {self.mode!r} is not known, so no twin can be made",
                             where=self.bundle.path, fix=f"known are {', '.join(RECIPES)}")
-        return Reference(self.geometry, grid, twin_weights(self.checkpoint, RECIPES[self.mode]))
+        recipe = RECIPES[self.mode]
+        return Reference(recipe.geometry(self.geometry), grid, twin_weights(self.checkpoint, recipe))
 
     def _twin_engine(self, case: str) -> TorchGraph:
         from harness.engines.torch_graph import TorchGraph
@@ -223,12 +251,63 @@ class Subject:
         request = Request(self.recorded(case).inputs, forced=tokens, seams=engine.seams(), kv=True)
         return next(engine.run([request]))
 
+    # The engine, in the background: `start_engine` returns at once.
 
-def recorded_folder(checkpoint: Checkpoint) -> Path:
-    """Where an oracle goes unless the user says otherwise: one folder a checkpoint and transformers version."""
-    from importlib.metadata import version
+    def start_engine(self) -> None:
+        """Begin the export and, as soon as that is done, the runs of the bundle."""
+        if self.options.bundle is None:
+            _ = self._export
+        _ = self._engine_job
 
-    return RECORDED / f"{checkpoint.name}-{checkpoint.digest[:12]}-transformers-{version('transformers')}"
+    @cached_property
+    def _engine_job(self) -> EngineJob:
+        from harness.background import EngineJob
+        from harness.engines import Request
+
+        def request(case: str) -> Request:
+            return Request(self.recorded(case).inputs, forced=self.twin_tokens(case),
+                           seams=frozenset((*vision_seams(self.geometry), *decoder_seams(self.geometry))), kv=True)
+
+        # What the requests need is computed here: the memory of a Subject is not shared between threads.
+        requests = {case: request(case) for case in self.engine_cases()}
+        return EngineJob(self._make_engine, requests)
+
+    def _make_engine(self) -> Engine:
+        from harness.engines.coreai import CoreAIEngine
+
+        index = self.bundle.path.with_name(self.bundle.path.name + ".seams.json")
+        return CoreAIEngine(self.bundle.asset, self.vision_bundle.asset if self.vision_bundle else None,
+                            geometry=self.geometry, grid=self.options.grid, context=self.bundle.max_context_length,
+                            seam_index=index if index.exists() else None, timeout_s=self.options.timeout_s)
+
+    def engine_trace(self, case: str) -> Trace:
+        """What the bundle computed for a case. Raises Undecided where the runtime did not get that far."""
+        return self._engine_job.trace(case)
+
+    @property
+    def engine_facts(self) -> dict[str, Any]:
+        """Name, versions and platform of the engine that judged."""
+        self.engine_trace(self.engine_cases()[0])
+        return {"name": self._engine_job.engine.name, **self._engine_job.engine.facts}
+
+    @property
+    def engine_key(self) -> str:
+        """What the bounds of the engine rung belong to: engine, mode and width."""
+        return f"{self.engine_facts['name']}:{self.mode}:h{self.geometry.hidden}"
+
+    def close(self) -> None:
+        """End what still runs in the background."""
+        if "_export" in self.__dict__:
+            self._export.stop()
+
+
+def recorded_folder(checkpoint: Checkpoint, device: str = "cpu") -> Path:
+    """Where an oracle goes unless the user says otherwise: one folder for all that an oracle must not mix."""
+    from harness.oracle.recording import identity
+    from harness.store.identity import digest
+
+    made_with = identity(checkpoint, device, "sdpa")
+    return RECORDED / f"{checkpoint.name}-{digest(made_with.record())[:12]}"
 
 
 def offered(subject: Subject, case: str, seams: Sequence[str]) -> tuple[list[str], list[str]]:

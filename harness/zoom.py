@@ -13,7 +13,7 @@ from typing import Any
 from harness.engines import Request
 from harness.errors import HarnessError
 from harness.ladder import judge
-from harness.localize import block_of, broken, describe_tokens
+from harness.localize import block_of, broken, describe_tokens, inherited
 from harness.subject import Subject
 from harness.trace import Trace, decoder_seams, layer_of, vision_seams
 from harness.verdict import Outcome, Verdict
@@ -57,7 +57,8 @@ def localize(subject: Subject, verdicts: Sequence[Verdict]) -> list[dict[str, An
         rows.append({"rung": culprit.rung, "case": culprit.case, "seam": culprit.seam, "block": block_of(culprit.seam),
                      "op": place if place != culprit.seam else None, "metric": shown.metric, "value": shown.value,
                      "bound": shown.bound, "reason": shown.reason, "tokens": describe_tokens(culprit),
-                     "cause": culprit.cause or _cause(place), "reproduce": reproduce(subject, culprit)})
+                     "inherited": inherited(culprit), "cause": culprit.cause or _explain(culprit, place),
+                     "reproduce": reproduce(subject, culprit)})
     return rows
 
 
@@ -74,7 +75,9 @@ def reproduce(subject: Subject, verdict: Verdict) -> str:
     return " ".join(words)
 
 
-def _cause(seam: str) -> str | None:
+def _explain(culprit: Verdict, seam: str) -> str | None:
+    if inherited(culprit):
+        return "inherited: on the oracle's own input every seam of this rung is right, so look at the rungs above"
     return next((cause for part, cause in CAUSES.items() if part in seam), None)
 
 

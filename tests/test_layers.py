@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["errors", "metrics sketch verdict", "trace checkpoint", "cases bundle", "graph.contract", "store host graph",
-         "engines", "oracle export engines.*", "bounds ladder greedy localize", "policy run", "gate", "subject", "rungs",
-         "zoom report", "session", "terminal doctor", "cli pytest_plugin"]
+         "engines", "oracle export engines.*", "bounds ladder greedy localize", "policy run", "gate", "options background", "benign",
+         "subject", "rungs", "zoom report calibrate", "session", "terminal doctor", "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
 JUDGES = {"metrics", "sketch", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run"}

@@ -46,7 +46,8 @@ class TorchGraph:
             yield self._one(request, inject or {}, frozenset(inject_at))
 
     def _one(self, request: Request, inject: Mapping[str, np.ndarray], inject_at: frozenset[str]) -> Trace:
-        tap = _Recorder(request.seams, {name: inject[name] for name in inject_at if name in inject})
+        # Logits are what comes out: injected, they would only be compared with themselves.
+        tap = _Recorder(request.seams, {name: inject[name] for name in inject_at if name in inject and name != "logits"})
         merged = merged_grid(request, self.geometry)
         started = time.perf_counter()
         image, deepstack = self._embeds(request, merged, tap)

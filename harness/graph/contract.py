@@ -30,7 +30,7 @@ def host_inputs(ids: np.ndarray, image_token: int, vocab: int, merged_grid: tupl
 
     Raises HarnessError for ids out of range, an image split in two, or a count of image tokens that is not rows x columns.
     """
-    ids = np.asarray(ids, dtype=np.int64)
+    ids = np.array(ids, dtype=np.int64)  # a copy: the image ids are rewritten below
     bad = np.flatnonzero((ids < 0) | (ids >= vocab))
     if bad.size:
         raise HarnessError(f"id {ids[bad[0]]} at position {bad[0]} is outside the vocabulary 0..{vocab - 1}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +17,23 @@ MASKED = -1e4
 """Replaces a hidden score: finite in fp16, and exp(MASKED - max) is exactly 0 for any score of a sane model."""
 
 
+def offered(tap: Tap, name: str, x: Tensor, view: Callable[[Tensor], Tensor],
+            back: Callable[[Tensor], Tensor]) -> Tensor:
+    """Offer view(x) to a tap and go on with back(what it returns).
+
+    A tap that returns the very value it was given adds no operation to the path of x, nor does an ordinary run: so a
+    program traced with a collecting tap is the shipped one.
+    """
+    if tap is untapped:
+        return x
+    value = view(x)
+    given = tap(name, value)
+    return x if given is value else back(given)
+
+
 def batched(tap: Tap, name: str, x: Tensor) -> Tensor:
-    """Offer x [1, S, ...] to a tap, whose tokens stand on axis 0. An ordinary run adds no operation to the graph."""
-    return x if tap is untapped else tap(name, x[0]).unsqueeze(0)
+    """Offer x [1, S, ...] to a tap, whose tokens stand on axis 0."""
+    return offered(tap, name, x, lambda whole: whole[0], lambda given: given.unsqueeze(0))
 
 
 class Rope(nn.Module):
@@ -75,11 +91,14 @@ class Attention(nn.Module):
         q = batched(tap, f"{name}.q_rope", rotate(q, *rope)).transpose(1, 2)
         k = batched(tap, f"{name}.k_rope", rotate(k, *rope)).transpose(1, 2)
         keys, values = (self.remember(state, new, visible) for state, new in zip(cache, (k, v.transpose(1, 2))))
+        context = self.attend(q, keys, values, visible).transpose(1, 2).reshape(1, x.shape[1], -1)
+        return batched(tap, f"{name}.out", self.o_proj(batched(tap, f"{name}.context", context)))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """q [1, heads, S, head_dim]; keys, values [1, heads, T, head_dim] -> [1, heads, S, head_dim]; softmax in float32."""
         scores = q @ keys.transpose(2, 3) * self.scale
         scores = torch.where(visible, scores, torch.full_like(scores, MASKED))
-        context = scores.float().softmax(-1).to(x.dtype) @ values
-        context = batched(tap, f"{name}.context", context.transpose(1, 2).reshape(1, x.shape[1], -1))
-        return batched(tap, f"{name}.out", self.o_proj(context))
+        return scores.float().softmax(-1).to(q.dtype) @ values
 
     def remember(self, state: Tensor, new: Tensor, visible: Tensor) -> Tensor:
         """Write `new` [1, kv_heads, S, head_dim] at slots T-S .. T-1 of this layer; read slots 0 .. T-1 for every head.
@@ -152,7 +171,7 @@ class Decoder(nn.Module):
         tap, ids = self.tap, input_ids[0]
         place = position_ids[0, position_ids.shape[1] - ids.shape[0]:]
         planes = self.rope.planes(ids, place, rope_shift_start, rope_shift_amount)
-        rope = self.rope(planes if tap is untapped else tap("decoder.positions", planes.T).T)
+        rope = self.rope(offered(tap, "decoder.positions", planes, lambda whole: whole.T, lambda given: given.T))
         # The ramp counts slots, so a query at place p sees the keys at 0..p whatever its rope position is.
         slots = torch.arange(position_ids.shape[1], dtype=torch.int32, device=ids.device)
         visible = slots[None, :] <= place[:, None]

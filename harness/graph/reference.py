@@ -82,12 +82,12 @@ def build_towers(geometry: Geometry, grid: tuple[int, int], weights: Mapping[str
     """Both towers with the checkpoint's weights, by checkpoint name; every tensor is consumed, none invented."""
     weights = _resolve_head(dict(weights), geometry)
     _expect_names(weights, geometry)
+    with torch.device("meta"):
+        vision, decoder = Vision(geometry, grid), Decoder(geometry, (grid[0] // geometry.merge, grid[1] // geometry.merge))
     patch = weights.pop(PATCH)
     weights[PATCH] = patch.reshape(patch.shape[0], -1)
     table = weights.pop(POSITIONS)
     weights[VISION + "positions"] = interpolate_positions(table, *grid, geometry.merge).to(table.dtype)
-    with torch.device("meta"):
-        vision, decoder = Vision(geometry, grid), Decoder(geometry, (grid[0] // geometry.merge, grid[1] // geometry.merge))
     _fill(vision, {name.removeprefix(VISION): value for name, value in weights.items() if name.startswith(VISION)})
     _fill(decoder, {name.removeprefix(TEXT): value for name, value in weights.items() if not name.startswith(VISION)})
     if geometry.tied:

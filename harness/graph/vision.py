@@ -69,10 +69,13 @@ class Attention(nn.Module):
         q = tap(f"{name}.q_rope", rotate(q, cos[:, None], sin[:, None]))
         k = tap(f"{name}.k_rope", rotate(k, cos[:, None], sin[:, None]))
         v = tap(f"{name}.v", v)
-        scores = q.transpose(0, 1) @ k.permute(1, 2, 0) * self.scale
-        weights = scores.float().softmax(-1).to(x.dtype)
-        context = (weights @ v.transpose(0, 1)).transpose(0, 1).reshape(x.shape[0], -1)
+        context = self.attend(*(part.transpose(0, 1) for part in (q, k, v))).transpose(0, 1).reshape(x.shape[0], -1)
         return tap(f"{name}.out", self.proj(tap(f"{name}.context", context)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [heads, P, head_dim] -> [heads, P, head_dim]; softmax in float32."""
+        scores = q @ k.transpose(1, 2) * self.scale
+        return scores.float().softmax(-1).to(q.dtype) @ v
 
 
 class MLP(nn.Module):

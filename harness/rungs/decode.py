@@ -21,8 +21,8 @@ NAME = "decode"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
-    """Tokens, KL over all positions, and the cache slot by slot in every layer."""
-    return {case: ("tokens", "kl", *cache_seams(subject.geometry.layers)) for case in subject.cases}
+    """The cache slot by slot in every layer, then what follows from it: KL over all positions, and tokens."""
+    return {case: (*cache_seams(subject.geometry.layers), "kl", "tokens") for case in subject.cases}
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
@@ -34,11 +34,10 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     first = recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
-    verdicts = [greedy(NAME, case, "tokens", tokens, recorded.trace["logits"][rows], trace["logits"][rows], tie),
-                divergence(NAME, case, recorded.trace["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl"))]
-    seams = cache_seams(subject.geometry.layers)
-    return verdicts + judge(NAME, case, seams, by_layer(recorded.trace), {"": by_layer(trace)}, subject.bounds,
-                            regions=subject.regions(case))
+    oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
+    return [*judge(NAME, case, seams, by_layer(oracle), {"": by_layer(trace)}, subject.bounds),
+            divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
+            greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
 
 
 def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarray, limit: float) -> Verdict:

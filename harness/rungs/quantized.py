@@ -16,7 +16,7 @@ NAME = "quantized"
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     """Every decoder seam, KL and tokens, for each case the bundle runs; the mode itself once."""
-    seams = ("tokens", "kl", *decoder_seams(subject.geometry))
+    seams = (*decoder_seams(subject.geometry), "kl", "tokens")
     return {"mode": ("mode",), **{case: seams for case in subject.engine_cases()}}
 
 
@@ -33,8 +33,8 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens", mode)
     seams = decoder_seams(subject.geometry)
-    return [greedy(NAME, case, "tokens", recorded.rollout.tokens, recorded.trace["logits"][rows], trace["logits"][rows], tie),
-            divergence(NAME, case, recorded.trace["logits"], trace["logits"],
-                       subject.bounds.limit(NAME, "kl", "kl", mode)),
-            *judge(NAME, case, seams, recorded.trace, {"": trace.only(seams)}, subject.bounds, engine=mode,
-                   regions=subject.regions(case))]
+    oracle, price = recorded.trace["logits"], subject.bounds.limit(NAME, "kl", "kl", mode)
+    return [*judge(NAME, case, seams, recorded.trace, {"": trace.only(seams)}, subject.bounds, engine=mode,
+                   regions=subject.regions(case)),
+            divergence(NAME, case, oracle, trace["logits"], price),
+            greedy(NAME, case, "tokens", recorded.rollout.tokens, oracle[rows], trace["logits"][rows], tie)]

@@ -1,0 +1,84 @@
+"""Long work beside the main one: the export in a process of its own, the engine's runs in a thread that waits for it.
+
+The export needs nothing of the oracle, and the engine has its own process: on two cores they run while the torch rungs do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.engines import Engine, Request
+from harness.errors import ExitCode, HarnessError, Undecided
+from harness.trace import Trace
+
+
+class ExportJob:
+    """`harness export --json` in a child process; started at once, killed with the object's `stop`."""
+
+    def __init__(self, arguments: Sequence[str], out: Path) -> None:
+        command = [sys.executable, "-m", "harness.cli", "export", "--json", "--overwrite", "--out", str(out), *arguments]
+        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._lock, self._done = threading.Lock(), None
+
+    def result(self) -> dict[str, Any]:
+        """What it printed: paths and sizes. Raises HarnessError for its bad input, Undecided for anything else."""
+        with self._lock:
+            if self._done is None:
+                self._done = (*self._child.communicate(), self._child.returncode)
+        out, err, code = self._done
+        if code == ExitCode.PASS:
+            return json.loads(out.strip().splitlines()[-1])
+        last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
+        kind = HarnessError if code == ExitCode.BAD_INPUT else Undecided
+        raise kind(f"the export ended with code {code}: {last.removeprefix('harness export: ')}")
+
+    def stop(self) -> None:
+        """End the child if it still runs."""
+        if self._child.poll() is None:
+            self._child.terminate()
+            self._child.wait()
+
+
+class EngineJob:
+    """Runs an engine over requests in a thread; each case's Trace is handed out as soon as it is there."""
+
+    def __init__(self, make: Callable[[], Engine], requests: Mapping[str, Request]) -> None:
+        self._make, self._requests = make, requests
+        self.engine: Engine | None = None
+        self._traces: dict[str, Trace] = {}
+        self._error: HarnessError | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def trace(self, case: str) -> Trace:
+        """Wait for a case. Raises HarnessError where the engine did not get that far, with its reason."""
+        with self._changed:
+            self._changed.wait_for(lambda: case in self._traces or not self._thread.is_alive() or self._error)
+            if case in self._traces:
+                return self._traces[case]
+        raise self._error or Undecided("the engine gave no trace", where=case)
+
+    def _run(self) -> None:
+        try:
+            self.engine = self._make()
+            for case, trace in zip(self._requests, self.engine.run(list(self._requests.values()))):
+                with self._changed:
+                    self._traces[case] = trace
+                    self._changed.notify_all()
+            self._stop(Undecided("the engine ended before this case"))
+        except HarnessError as error:
+            self._stop(error)
+        except Exception as error:  # whatever broke, the run goes on and says so
+            self._stop(Undecided(f"the engine could not be driven ({type(error).__name__}: {error})"))
+
+    def _stop(self, error: HarnessError) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
