@@ -6,10 +6,11 @@ here depends on them: seams are read by hooks on modules, positions and an all-o
 
 from __future__ import annotations
 
+import harness.quiet  # noqa: F401  (before transformers is imported)
 from harness.oracle.hooks import wanted_seams
 from harness.oracle.inputs import freeze
 from harness.oracle.model import load_model, true_fp32
-from harness.oracle.record import Progress, record
+from harness.oracle.recording import Progress, record
 from harness.oracle.rollout import forward, greedy, settle
 
 __all__ = ["Progress", "forward", "freeze", "greedy", "load_model", "record", "settle", "true_fp32", "wanted_seams"]

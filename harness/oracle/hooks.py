@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
 from harness.checkpoint import Geometry
+from harness.errors import HarnessError
 from harness.trace import decoder_seams, layer_of, vision_seams
 
 Inside = frozenset[int] | Literal["all"] | None
 """Layers whose inside is recorded: numbers (of both towers, with the mergers fed by those layers), all, or none."""
+Read = Callable[[nn.Module, Callable[[Any], None]], Any]
+_RELEASES = "use transformers 4.57 or 5.x as tested"
 
 
 def wanted_seams(geometry: Geometry, inside: Inside = None, image: bool = True) -> tuple[str, ...]:
     """Seams to record, in the order of computation; a text-only case has no vision seams."""
-    names = (*(vision_seams(geometry, inside is not None) if image else ()), *decoder_seams(geometry, inside is not None))
+    deep = inside is not None
+    names = (*(vision_seams(geometry, deep) if image else ()), *decoder_seams(geometry, deep))
     if inside is None or inside == "all":
         return names
     plain = {*vision_seams(geometry), *decoder_seams(geometry)}
@@ -46,13 +50,20 @@ class SeamHooks:
 
     def __enter__(self) -> SeamHooks:
         wanted = set(self.seams)
-        wanted |= {seam.replace("q_rope", part) for seam in self.seams if seam.endswith("q_rope")
+        wanted |= {f"{seam.split('.attn.')[0]}.attn.{part}" for seam in self.seams if ".attn." in seam
                    for part in ("angles", "qkv", "q_norm", "k_norm")}
         taps = {f"decoder.layers.{layer:02d}" for layer in range(len(self.geometry.deepstack_taps))}
-        for name, module, read in _points(self._model, self.geometry):
+        for name, module, read in self._points():
             if name in wanted:
                 self._handles.append(read(module, self._keep(name, copy=name in taps)))
         return self
+
+    def _points(self) -> list[tuple[str, nn.Module, Read]]:
+        try:
+            return list(_points(self._model, self.geometry))
+        except AttributeError as error:
+            raise HarnessError(f"the model of this transformers release is built otherwise ({error})",
+                               fix=_RELEASES) from error
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -70,6 +81,9 @@ class SeamHooks:
         with torch.no_grad():
             for name in [name.removesuffix(".angles") for name in raw if name.endswith(".angles")]:
                 (_rotate_vision if name.startswith("vision.") else _rotate_text)(raw, name, self.geometry)
+        silent = [seam for seam in self.seams if seam not in raw]
+        if silent:
+            raise HarnessError("the model passed no value there", where=silent[0], fix=_RELEASES)
         return {seam: _plain(raw.pop(seam), seam, self.geometry) for seam in self.seams}
 
 
@@ -98,9 +112,6 @@ def _rotate_text(raw: dict[str, Any], name: str, geometry: Geometry) -> None:
     query, key = (raw[f"{name}.{part}"].transpose(1, 2) for part in ("q_norm", "k_norm"))
     turned = apply_rotary_pos_emb(query, key, *raw.pop(f"{name}.angles"))
     raw[f"{name}.q_rope"], raw[f"{name}.k_rope"] = (value.transpose(1, 2) for value in turned)
-
-
-Read = Callable[[nn.Module, Callable[[Any], None]], Any]
 
 
 def _output(module: nn.Module, keep: Callable[[Any], None]) -> Any:

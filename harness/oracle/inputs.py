@@ -1,4 +1,4 @@
-"""Processed inputs of a case, made once by Hugging Face's own tokenizer, chat template, image processor and rope index."""
+"""Processed inputs of a case, made once by Hugging Face's tokenizer, chat template, image processor, rope index."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from harness.cases import Case, FrozenInputs
 from harness.checkpoint import Checkpoint, read_json
 from harness.errors import HarnessError, within
 from harness.host import load_image, render
+from harness.oracle.model import one_line
 
 IMAGE_PAD = "<|image_pad|>"
 
@@ -56,14 +57,15 @@ def rope_index(checkpoint: Checkpoint, ids: np.ndarray, grid: tuple[int, int, in
 def _pixels(case: Case, checkpoint: Checkpoint) -> tuple[np.ndarray | None, tuple[int, int, int] | None]:
     if not case.images:
         return None, None
-    image = load_image(case.images[0], case.root)
-    held = image_processor(checkpoint)(images=[image], return_tensors="np")
+    image, processor = load_image(case.images[0], case.root), image_processor(checkpoint)
+    # transformers 4.57 reads `size` from the config and then forgets it, so it is handed in.
+    held = processor(images=[image], size=_size(checkpoint), return_tensors="np")
     grid = tuple(int(part) for part in held["image_grid_thw"][0])
     return np.ascontiguousarray(held["pixel_values"], dtype=np.float32), grid
 
 
 def image_processor(checkpoint: Checkpoint) -> Any:
-    """The processor of preprocessor_config.json on Pillow and numpy: torchvision resizes otherwise, and may be absent."""
+    """The processor of preprocessor_config.json on Pillow and numpy; torchvision resizes otherwise, if it is there."""
     try:  # transformers 5
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
     except ImportError:
@@ -79,12 +81,21 @@ def image_processor(checkpoint: Checkpoint) -> Any:
     return Processor.from_pretrained(checkpoint.root, local_files_only=True)
 
 
+def _size(checkpoint: Checkpoint) -> dict[str, int]:
+    size = read_json(checkpoint.root / "preprocessor_config.json").get("size")
+    if not isinstance(size, dict) or not {"shortest_edge", "longest_edge"} <= set(size):
+        raise HarnessError("lacks size with shortest_edge and longest_edge", where="preprocessor_config.json",
+                           fix="add it; no default is assumed")
+    return size
+
+
 def _tokens(case: Case, checkpoint: Checkpoint, grid: tuple[int, int, int] | None) -> np.ndarray:
     tokenizer = _tokenizer(checkpoint)
     count = 0 if grid is None else grid[0] * grid[1] * grid[2] // checkpoint.geometry.merge**2
     text = _prompt(case, tokenizer)
     if text.count(IMAGE_PAD) != len(case.images):
-        raise HarnessError(f"the rendered prompt has {text.count(IMAGE_PAD)} image places for {len(case.images)} images",
+        places = text.count(IMAGE_PAD)
+        raise HarnessError(f"the rendered prompt has {places} image places for {len(case.images)} images",
                            fix=f"do not write {IMAGE_PAD} in a text; check the chat template")
     ids = np.asarray(tokenizer(text.replace(IMAGE_PAD, IMAGE_PAD * count))["input_ids"], dtype=np.int32)
     if ids.size == 0:
@@ -101,7 +112,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
         try:
             return AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise HarnessError(f"transformers cannot load its tokenizer ({str(error).strip().splitlines()[0]})",
+            raise HarnessError(f"transformers cannot load its tokenizer ({one_line(error)})",
                                where=checkpoint.root, fix="download the checkpoint whole") from error
 
 

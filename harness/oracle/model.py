@@ -42,12 +42,12 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu",
             checkpoint.root, dtype=torch.float32, attn_implementation=attention, local_files_only=True,
             use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        raise HarnessError(f"transformers cannot load it ({str(error).strip().splitlines()[0]})",
+        raise HarnessError(f"transformers cannot load it ({one_line(error)})",
                            where=checkpoint.root) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise HarnessError(f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}",
-                               where=checkpoint.root, fix="the oracle needs every tensor of the checkpoint, and no more")
+                               where=checkpoint.root, fix="the oracle needs each tensor of the model, and no other")
     model = model.eval().to(device)
     for what, wrong in _misread(model, checkpoint.geometry).items():
         if wrong:
@@ -67,6 +67,12 @@ def _misread(model: Qwen3VLForConditionalGeneration, geometry: Geometry) -> dict
             "number of layers": len(text.layers) != geometry.layers,
             "tie_word_embeddings": (model.lm_head.weight is text.embed_tokens.weight) != geometry.tied,
             "dtype than float32": any(value.dtype != torch.float32 for value in model.parameters())}
+
+
+def one_line(error: Exception) -> str:
+    """A library's message, often many lines, as the part of one sentence."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

@@ -75,8 +75,8 @@ def settle(inputs: FrozenInputs, draft: Draft, logits: np.ndarray, image_token: 
 
     If the argmax of row T - 1 + i is token i for every i, the draft is the greedy rollout, by induction. The noise is
     the largest difference between the two ways of computing the same rows. Where the argmax differs from the draft, the
-    margin is at most twice the noise, so such a step is a tie: the draft's token stays, because the trace was computed
-    behind it, and judges compare the tokens of tied steps with that in mind. Margins are those of the verifying forward.
+    margin is at most twice the noise, so such a step is always a tie: the draft's token stays, because what follows in
+    the trace was computed behind it. Margins are those of the verifying forward.
 
     Raises HarnessError for logits that are not finite, and where the model itself continues with the image token, which
     no host can tell from an image.

@@ -6,7 +6,7 @@
     <oracle>/cases/<case>/case.json         the frozen Case; a case counts once this exists
 
 Each file appears whole or not at all: it is written beside its place under a temporary name, flushed, and renamed.
-What a killed run leaves behind is a temporary file, which the next run removes, or a part, which it need not make again.
+What a killed run leaves behind is a temporary file, which the next run removes, or a part, which it can take over.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from harness.checkpoint import safetensors_header
 from harness.errors import HarnessError
 from harness.store.identity import AGAIN
 
@@ -26,7 +25,7 @@ _DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64"}
 
 
 def safe_name(name: Any) -> str:
-    """The name, if it is a single plain path component. Raises HarnessError for anything that could leave a directory."""
+    """The name, if it is a single plain path component; HarnessError for anything that could leave a directory."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise HarnessError(f"{name!r} cannot name a file", fix="use letters, digits, '.', '_' and '-'")
     return name
@@ -50,12 +49,10 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, dic
 def read_tensors(path: Path, records: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays, each checked against its record. Raises HarnessError naming file and tensor that changed."""
     try:
-        safetensors_header(path)
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in names}
-    except (HarnessError, SafetensorError, ValueError) as error:
-        reason = error.what if isinstance(error, HarnessError) else str(error)
-        raise HarnessError(f"the record is damaged: {reason}", where=path, fix=AGAIN) from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise HarnessError(f"the record is damaged or missing ({error})", where=path, fix=AGAIN) from error
     for name, array in arrays.items():
         found = {"dtype": str(array.dtype), "shape": list(array.shape), "sha256": sha256(array)}
         if found != records[name]:

@@ -38,8 +38,9 @@ class Oracle:
         identity = read_manifest(path / "manifest.json")
         if checkpoint_digest is not None and identity.checkpoint_digest != checkpoint_digest:
             raise HarnessError(f"oracle from another checkpoint revision: recorded from {identity.checkpoint} at "
-                               f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint given "
-                               f"has {checkpoint_digest[:12]}", where=path, fix="record it again for this checkpoint")
+                               f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint "
+                               f"given has {checkpoint_digest[:12]}", where=path,
+                               fix="record it again for this checkpoint")
         digests = {}
         for file in sorted(path.glob("cases/*/case.json")):
             with within(file):

@@ -73,6 +73,7 @@ class CaseWriter:
         with disk_errors(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "case.json").unlink(missing_ok=True)
+            self._drop_other_definitions()
 
     def part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one part: arrays of float32, float64, int32 or int64."""
@@ -82,18 +83,16 @@ class CaseWriter:
         write_json(record, {"definition": digest(self.definition), "tensors": self._tensors[name]})
 
     def resume(self, name: str, tensors: Collection[str]) -> bool:
-        """Take over a part that an earlier run finished for this very case with these tensors; False where there is none.
+        """Take over a part that an earlier run finished with exactly these tensors; False where there is none.
 
-        The definition does not say how the numbers were made, the oracle's Identity does: a part is of one identity
-        because its directory is.
+        A part in the directory is of this case and this identity: parts of other definitions are gone by now, and an
+        oracle has one identity.
         """
         record = self.folder / f"{safe_name(name)}.json"
-        if not record.exists():
+        held = need(read_json(record), "tensors") if record.exists() else {}
+        if not held or set(held) != set(tensors):
             return False
-        held = read_json(record)
-        if need(held, "definition") != digest(self.definition) or set(need(held, "tensors")) != set(tensors):
-            return False
-        self._tensors[name] = held["tensors"]
+        self._tensors[name] = held
         return True
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
@@ -102,3 +101,10 @@ class CaseWriter:
             "case": {"name": self.case.name, "why": self.case.why, "engine": self.case.engine},
             "definition": self.definition, "parts": list(self._tensors), "facts": dict(facts or {}),
             "digest": case_digest(self.case.name, self.definition, self._tensors)})
+
+    def _drop_other_definitions(self) -> None:
+        """Remove parts that were made when the case was defined otherwise."""
+        for record in self.folder.glob("*.json"):
+            if need(read_json(record), "definition") != digest(self.definition):
+                record.unlink()
+                record.with_suffix(".safetensors").unlink(missing_ok=True)

@@ -26,13 +26,14 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: cases done of all that are to be recorded, and what is going on now."""
 
 
-def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, device: str = "cpu", attention: str = "sdpa",
-           inside: Inside = None, progress: Progress | None = None) -> Oracle:
+def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, device: str = "cpu",
+           attention: str = "sdpa", inside: Inside = None, progress: Progress | None = None) -> Oracle:
     """Record the cases that `out_dir` does not hold yet and return the oracle.
 
-    inside: layers whose inner seams are recorded too. Cases that are whole, of this definition and with the seams asked,
-    are kept; the model is not loaded when nothing is to be done. All inputs are frozen first, so that a bad case is
-    known before the work. Raises HarnessError for a bad case or checkpoint, another oracle in `out_dir`, a full disk.
+    inside: layers whose inner seams are recorded too. Cases that are whole, of this definition and with the seams
+    asked, are kept; the model is not loaded when nothing is to be done. All inputs are frozen first, so that a bad case
+    is known before the work. Raises HarnessError for a bad case or checkpoint, another oracle in `out_dir`, a disk that
+    is full.
     """
     tell = progress or (lambda what, done, total: None)
     with OracleWriter(Path(out_dir), identity(checkpoint, device, attention)) as out:
@@ -53,7 +54,7 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
 
 
 def identity(checkpoint: Checkpoint, device: str, attention: str) -> Identity:
-    """What the oracle is recorded from, and with; makes float32 true. Raises HarnessError for a device that is not there."""
+    """What the oracle is recorded from, and with; makes float32 true. Raises HarnessError for an absent device."""
     place = torch.device(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise HarnessError("torch sees no CUDA device", where=device, fix="use --device cpu")
@@ -79,7 +80,8 @@ def _record_case(model: Any, checkpoint: Checkpoint, case: Case, inputs: FrozenI
     vision = {name: arrays[name] for name in seams if name.startswith("vision.")}
     if vision:
         out.part("vision", vision)
-    out.part("decoder", {name: arrays[name] for name in seams if name not in vision} | cache_arrays(output.past_key_values))
+    decoder = {name: arrays[name] for name in seams if name not in vision}
+    out.part("decoder", decoder | cache_arrays(output.past_key_values))
     out.finish({"prompt_tokens": inputs.length, "decoded": case.decode, "rollout_s": drafted - started,
                 "forward_s": ran - drafted, "store_s": time.perf_counter() - ran})
 
