@@ -276,8 +276,11 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise HarnessError("its safetensors header is not JSON", where=path, fix="download it again") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise HarnessError("its safetensors header is damaged", where=path, fix="download it again") from error
     if size != 8 + length + end:
         raise HarnessError(f"holds {size} bytes, its header promises {8 + length + end}", where=path,
                            fix="the file is truncated or damaged: download it again")

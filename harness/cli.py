@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -285,14 +286,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; whatever a user can mend is one sentence on stderr and a documented exit code."""
     arguments = parser().parse_args(argv)
+    # A killed run cleans up as an interrupted one does: drafts are removed, children ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(VERBS[arguments.verb].run(arguments))
     except HarnessError as error:
         print(f"harness {arguments.verb}: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
-        print(f"harness {arguments.verb}: interrupted; what was recorded is kept, run the same command to go on",
-              file=sys.stderr)
+        kept = "nothing half-written is left" if arguments.verb == "export" else \
+            "what was recorded is kept, run the same command to go on"
+        print(f"harness {arguments.verb}: interrupted; {kept}", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
 
 

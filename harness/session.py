@@ -9,7 +9,7 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
-from harness.run import Run, write_atomic, write_json
+from harness.run import Run, machine, write_atomic, write_json
 from harness.subject import Subject
 from harness.trace import decoder_seams
 from harness.verdict import Outcome, Verdict
@@ -56,17 +56,32 @@ def describe(subject: Subject, run: Run) -> None:
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
                    "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
-                   "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity}),
+                   "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity.record()}),
                    "bundle": _try(lambda: subject.bundle.record()),
                    "vision_bundle": _try(lambda: subject.vision_bundle.record())}
     run.engine = _try(lambda: subject.engine_facts) or {}
-    run.speed = _try(lambda: subject.speed()) or {}
+    run.speed = _try(lambda: speed(subject)) or {}
     run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
     run.tokens = [row for name in subject.cases if (row := _try(lambda name=name: token_rows(subject, name)))]
     run.heat = [row for name in subject.cases if (row := _try(lambda name=name: heat_rows(subject, name)))]
     run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
                     "stored": verdict.figures.get("stored"), "error": verdict.value}
                    for verdict in run.of("weights")]
+
+
+def speed(subject: Subject) -> dict[str, Any]:
+    """The row that ports publish, from the first case the bundle runs: tokens/s, seconds, bytes, with engine and machine.
+
+    A decode step reads every weight but the text table, of which it reads one row.
+    """
+    case = subject.engine_cases()[0]
+    facts = subject.engine_trace(case).facts
+    geometry, bundle = subject.geometry, subject.bundle
+    table = 2 * geometry.hidden * (geometry.vocab - 1) if not geometry.tied else 0
+    known = ("prefill_tok_s", "decode_tok_s", "cold_load_s", "warm_load_s", "vision_s", "peak_rss_bytes")
+    return {**{name: facts.get(name) for name in known}, "case": case, "bundle_bytes": bundle.size,
+            "bytes_per_token": (bundle.asset / "main.mlirb").stat().st_size - table, "engine": subject.engine_facts["name"],
+            "machine": machine()}
 
 
 def _try(make: Callable[[], Any]) -> Any:

@@ -15,9 +15,9 @@ NAME = "quantized"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
-    """Every decoder seam, KL and tokens, for each case the bundle runs; the mode itself once."""
+    """Every decoder seam, KL and tokens, for every case; the mode itself once."""
     seams = (*decoder_seams(subject.geometry), "kl", "tokens")
-    return {"mode": ("mode",), **{case: seams for case in subject.engine_cases()}}
+    return {"mode": ("mode",), **{case: seams for case in subject.cases}}
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:

@@ -1,0 +1,260 @@
+"""Run records made up for tests of the reports: healthy, failing, hostile, half, huge. No model is run."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from harness.report.png import data_uri
+from harness.run import Run
+from harness.verdict import Outcome, Verdict
+
+HOSTILE = '<script>document.title="owned"</script>"><img src=http://example.invalid/x onerror=alert(1)>' \
+          "'`|*_[a](b)@team</script>"
+VISION_INSIDE = ("norm1", "attn.q_rope", "attn.k_rope", "attn.v", "attn.context", "attn.out", "norm2", "mlp.fc1",
+                 "mlp.act", "mlp.out")
+DECODER_INSIDE = ("input_norm", "attn.q_norm", "attn.k_norm", "attn.v", "attn.q_rope", "attn.k_rope", "attn.context",
+                  "attn.out", "post_norm", "mlp.gate", "mlp.up", "mlp.act", "mlp.out")
+KINDS = (("scene-211", "the published 211-token multimodal prompt", 211, 7),
+         ("text-only", "zero embeds, start = 1<<30", 48, None),
+         ("image-first", "nothing before the image", 214, 0), ("late-image", "image after a long text", 330, 120),
+         ("second-turn", "a turn after an early image", 262, 5), ("long-text", "past 300 tokens", 340, None),
+         ("white", "an all-white image", 211, 7), ("noise", "a noise image", 211, 7),
+         ("non-ascii", "CJK, emoji, combining marks", 224, 9), ("wide", "a grid that is not square", 211, 7))
+POLICY = {"name": "release", "allow_skip": [], "allow_unanswered": [], "min_cases": 1,
+          "modes": ["fp16", "int8hu", "int8lin"]}
+_BOUNDS = (("vision", "local.worst_token", 2e-5, 3.1e-6, "*", "*"),
+           ("vision", "accumulated.worst_token", 3e-4, 4.4e-5, "*", "*"),
+           ("vision", "local.rel_l2", 6e-6, 9e-7, "*", "*"), ("decoder", "local.worst_token", 2e-5, 2.4e-6, "*", "*"),
+           ("decoder", "accumulated.worst_token", 2e-4, 2.9e-5, "*", "*"),
+           ("decoder", "accumulated.worst_token", 6e-4, 8.8e-5, "logits", "*"),
+           ("decode", "worst_token", 2e-4, 2.9e-5, "kv.*", "*"),
+           ("quantized", "worst_token", 0.35, 0.19, "*", "int8hu"),
+           ("engine", "worst_token", 0.03, 0.0085, "*", "coreai-cpu"), ("headroom", "fraction", 0.5, 0.11, "*", "*"),
+           ("tokens", "tie_margin", 0.05, 0.021, "tokens", "*"))
+
+
+def seams(layers: int, vision_layers: int, inside: bool) -> tuple[list[str], list[str]]:
+    """Vision and decoder seams as `harness.trace` orders them."""
+    vision, decoder = ["vision.embed"], ["decoder.embed"]
+    for layer in range(vision_layers):
+        vision += [f"vision.layers.{layer:02d}.{part}" for part in VISION_INSIDE if inside]
+        vision += [f"vision.layers.{layer:02d}"]
+        vision += [f"vision.deepstack.{layer // 2}"] * (layer % 2 == 1 and layer < 6)
+    for layer in range(layers):
+        decoder += [f"decoder.layers.{layer:02d}.{part}" for part in DECODER_INSIDE if inside]
+        decoder += [f"decoder.layers.{layer:02d}"] + [f"decoder.layers.{layer:02d}.deepstack"] * (layer < 3)
+    return [*vision, "vision.merger"], [*decoder, "decoder.norm", "logits"]
+
+
+def _distance(value: float, rng: random.Random, tokens: int) -> dict[str, Any]:
+    total = value * rng.uniform(0.2, 0.4)
+    return {"cosine": 1 - min(1.0, total**2 / 2), "worst_token_cosine": 1 - min(1.0, value**2 / 2),
+            "cosine_gap": total**2 / 2, "rel_l2": total, "worst_token": value,
+            "worst_token_at": rng.randrange(tokens), "worst_channel": value * 1.3,
+            "worst_channel_at": [rng.randrange(128)], "norm_drift": total / 9, "max_abs": value * 7,
+            "max_abs_at": [rng.randrange(tokens), rng.randrange(128)],
+            "psnr": -20 * math.log10(total) if total else math.inf, "reference_max": 41.5, "reference_nonfinite": 0,
+            "candidate_nonfinite": 0, "tokens": tokens}
+
+
+def _bound(rung: str, metric: str, seam: str) -> float:
+    return [row[2] for row in _BOUNDS if row[:2] == (rung, metric) and fnmatchcase(seam, row[4])][-1]
+
+
+def _seam(rung: str, case: str, seam: str, ways: dict[str, float], image: bool, rng: random.Random) -> Verdict:
+    figures: dict[str, Any] = {}
+    worst = ("", 0.0, 1.0)
+    for way, value in ways.items():
+        parts = {"all": _distance(value, rng, 211)}
+        if image and not seam.startswith("vision."):
+            parts |= {"image": _distance(value, rng, 196), "text": _distance(value * rng.uniform(0.2, 0.7), rng, 15)}
+        figures[way] = parts
+        metric = f"{way}.worst_token" if way else "worst_token"
+        bound = _bound(rung, metric, seam)
+        if value / bound >= worst[1] / worst[2]:
+            worst = (metric, value, bound)
+    metric, value, bound = worst
+    good = value <= bound
+    reason = f"{metric} {value:.3g} {'within' if good else 'exceeds'} {bound:.3g}"
+    if not good:
+        reason += f" over image tokens; worst token 57, largest difference {value * 7:.3g} at [57, 33]"
+    outcome = Outcome.PASS if good else Outcome.FAIL
+    return Verdict(rung, case, seam, outcome, reason, metric, value, bound, figures=figures)
+
+
+def _tower(rung: str, case: str, names: list[str], image: bool, broken: str | None,
+           rng: random.Random) -> Iterator[Verdict]:
+    base, after = 4e-7, False
+    for at, seam in enumerate(names):
+        here = broken is not None and seam.startswith(broken)
+        after = after or here
+        local = base * rng.uniform(1, 4) * (9e4 if here else 1)
+        accumulated = base * (2 + 20 * at / len(names)) * rng.uniform(0.8, 2) * (1.2e5 if after else 1)
+        if seam.endswith(".embed"):
+            local = accumulated = 0.0
+        yield _seam(rung, case, seam, {"local": local, "accumulated": accumulated}, image, rng)
+
+
+def _tokens(case: str, length: int, flip: bool, rng: random.Random) -> dict[str, Any]:
+    words = ("a", " red", " circle", " left", " of", " a", " blue", " square", ",", " large", ",", " on", " a", " grey",
+             " ground", ";", " two", " green", " rings", " below", " it", " touch", ".", " <|im_end|>")
+    steps = []
+    for step, word in enumerate(words):
+        token = rng.randrange(151_000)
+        margin = round(rng.uniform(1.5, 9), 3)
+        steps.append({"step": step, "position": length + step, "oracle": token, "python": token, "engine": token,
+                      "margin": margin, "tie": False, "text": word})
+    if flip:
+        steps[9] |= {"engine": 77, "margin": 6.2}
+    elif case == "long-text":
+        steps[4] |= {"engine": 812, "margin": 0.011, "tie": True}
+    return {"case": case, "steps": steps}
+
+
+def _heat(case: str, length: int, first: int | None, names: list[str], broken: str | None,
+          rng: random.Random) -> dict[str, Any]:
+    values, after = [], False
+    for at, seam in enumerate(names):
+        after = after or (broken is not None and seam.startswith(broken))
+        row = []
+        for token in range(length + 24):
+            image = first is not None and first <= token < first + 196
+            level = -6.2 + at / len(names) * 1.4 + rng.gauss(0, 0.18) + (0.25 if image else 0)
+            if after and image:
+                slot = token - first
+                level += 3.2 if 4 <= slot // 14 <= 7 and 3 <= slot % 14 <= 9 else 1.1
+            row.append(round(level, 2))
+        values.append(row)
+    return {"case": case, "way": "accumulated", "seams": names, "values": values}
+
+
+def _picture() -> str:
+    return data_uri([bytes((x * 3 + y * 2) % 250 for x in range(64)) for y in range(64)])
+
+
+def make(layers: int = 8, vision_layers: int = 6, cases: int = 10, inside: bool = True, broken: str | None = None,
+         name: str = "qwen3-vl-tiny", seed: int = 1) -> dict[str, Any]:
+    """A record with all ten rungs; `broken` is the seam from which on the fp32 graph is wrong."""
+    rng = random.Random(seed)
+    kinds = [KINDS[at % len(KINDS)] for at in range(cases)]
+    kinds = [(kind[0] if at < len(KINDS) else f"{kind[0]}-{at}", *kind[1:]) for at, kind in enumerate(kinds)]
+    vision, decoder = seams(layers, vision_layers, inside)
+    stream = [seam for seam in decoder if seam.count(".") < 3 or seam.endswith(".deepstack")]
+    cache = [f"kv.{part}.{layer:02d}" for layer in range(layers) for part in ("keys", "values")]
+    command = f"harness gate {name} --bundle exports/{name}_decode_int8hu_s1 --out reports/x"
+    run = Run(command=command, created="2026-11-20T09:12:44+00:00",
+              tool={"version": "0.1.0", "commit": "3f2a9c1b77de"},
+              machine={"system": "Linux", "arch": "x86_64", "cpu": "AMD EPYC 7B13", "cores": 2, "python": "3.11.7"})
+    run.policy = dict(POLICY)
+    run.bounds = [{"rung": rung, "metric": metric, "limit": limit, "measured": noise, "seams": where, "engine": engine,
+                   "because": "largest of four benign variants (SDPA kernel, summation order, fused qkv, seed)",
+                   "date": "2026-11-18"} for rung, metric, limit, noise, where, engine in _BOUNDS]
+    run.engine = {"name": "coreai-cpu", "version": "1.0.0b3", "platform": "Linux x86_64"}
+    digest = "ab12cd34ef56" * 5
+    run.subject = {"checkpoint": {"name": name, "revision": "9f8e7d6c5b4a3920", "digest": digest, "geometry": {
+                       "layers": layers, "hidden": 256, "vision_layers": vision_layers, "tied": False}},
+                   "oracle": {"digest": "77" * 32, "identity": "transformers 5.23.0 float32 eager"}, "mode": "int8hu",
+                   "graph": "harness.graph.reference:factory",
+                   "bundle": {"name": f"{name}_decode_int8hu_s1", "digest": "5c" * 32, "bytes": 11_482_112,
+                              "mode": "int8hu"},
+                   "vision_bundle": {"name": f"{name}_vision", "digest": "6d" * 32, "bytes": 3_120_000}}
+    for case, why, length, first in kinds:
+        image = first is not None
+        row = {"name": case, "why": why, "length": length, "prompt": "Describe the scene.\nWhat is left of the circle?",
+               "image": {"grid": [14, 14], "first": first, "count": 196, "thumbnail": _picture()} if image else None}
+        run.cases.append(row)
+        exact = [("contract", "host.positions"), ("contract", "graph.positions"), ("inputs", "ids")]
+        run.verdicts += [Verdict(rung, case, seam, Outcome.PASS, f"{length} values equal", "mismatches", 0.0, 0.0)
+                         for rung, seam in exact]
+        if image:
+            run.verdicts += _tower("vision", case, vision, True, broken, rng)
+        run.verdicts += _tower("decoder", case, decoder, image, broken, rng)
+        run.verdicts += [Verdict("decode", case, "tokens", Outcome.PASS, "24/24 tokens equal", "flips", 0.0, 0.0),
+                         Verdict("decode", case, "kl", Outcome.PASS, "KL at most 2e-9 nats", "kl", 2e-9, 1e-6)]
+        run.verdicts += [_seam("decode", case, seam, {"": 3e-6 * rng.uniform(1, 4)}, image, rng) for seam in cache]
+        price = [0.02 + 0.12 * at / len(stream) * rng.uniform(0.8, 1.2) for at in range(len(stream))]
+        run.verdicts += [_seam("quantized", case, seam, {"": value}, image, rng) for seam, value in zip(stream, price)]
+        run.verdicts += [_seam("engine", case, seam, {"": 0.002 * rng.uniform(0.5, 3)}, image, rng)
+                         for seam in [*stream, *cache]]
+        flip = broken is not None and case == "scene-211"
+        reason = "23/24 tokens equal; step 9 gives 77 where 1412 is right" if flip else "24/24 tokens equal"
+        run.verdicts.append(Verdict("tokens", case, "tokens", Outcome.FAIL if flip else Outcome.PASS, reason, "flips",
+                                    float(flip), 0.0))
+        run.tokens.append(_tokens(case, length, flip, rng))
+        run.heat.append(_heat(case, length, first, stream, broken, rng))
+    for part, names in (("graph", vision + decoder), ("bundle", decoder)):
+        for tensor in names:
+            error = 0.0 if part == "graph" else rng.uniform(1e-4, 8e-3)
+            run.weights.append({"part": part, "tensor": f"{tensor}.weight", "error": error, "outcome": "PASS",
+                                "stored": "float32" if part == "graph" else "int8 x 32"})
+            run.verdicts.append(Verdict("weights", part, f"{tensor}.weight", Outcome.PASS, "equal", "steps",
+                                        0.0 if part == "graph" else rng.uniform(0.2, 0.499), 0.5))
+    run.verdicts += [Verdict("headroom", "all-cases", seam, Outcome.PASS, "largest magnitude 812 of 65504", "fraction",
+                             rng.uniform(1e-5, 0.05), 0.5, figures={"largest": {"scene-211": 812.0}, "at": [3, 77]})
+                     for seam in [*vision, *decoder]]
+    run.speed = {"prefill_tok_s": 412.5, "decode_tok_s": 398.1, "cold_load_s": 1.91, "warm_load_s": 0.42,
+                 "bundle_bytes": 11_482_112, "bytes_per_token": 10_900_000, "vision_s": 0.31,
+                 "bandwidth_gb_s": 38.0, "engine": "coreai-cpu 1.0.0b3",
+                 "machine": "AMD EPYC 7B13, 2 cores"}
+    if broken:
+        run.localization.append({
+            "case": kinds[0][0], "rung": broken.split(".")[0], "seam": broken, "op": f"{broken}.attn.q_rope",
+            "metric": "local.worst_token", "value": 0.091, "bound": 2e-5, "tokens": "image tokens", "channel": 17,
+            "reason": "local.worst_token 0.091 exceeds 2e-05",
+            "cause": "rotary positions: h and w exchanged, a section boundary, theta, or the pairing of lanes",
+            "reproduce": f"harness ladder {name} --rung decoder --case {kinds[0][0]}"})
+    run.timings = [("record", 8.2), ("export", 21.4), ("rung decoder", 4.9), ("rung engine", 12.2)]
+    return run.record()
+
+
+def hostile() -> dict[str, Any]:
+    """Markup wherever text can stand, an address where a picture should be, figures that are not finite."""
+    record = make(layers=2, vision_layers=2, cases=2, inside=False, name=HOSTILE)
+    record["command"] = f"harness gate {HOSTILE}"
+    for row in record["cases"]:
+        row |= {"why": HOSTILE, "prompt": HOSTILE * 50}
+        if row["image"]:
+            row["image"]["thumbnail"] = "http://example.invalid/track.png"
+    for verdict in record["verdicts"]:
+        verdict["reason"] = HOSTILE
+        if verdict["rung"] == "decoder":
+            verdict["seam"] += HOSTILE
+            verdict |= {"outcome": "FAIL", "cause": HOSTILE}
+            for way in verdict["figures"].values():
+                way["all"] |= {"worst_token": "inf", "max_abs": "inf", "cosine": -1.0}
+    for table in record["tokens"]:
+        for step in table["steps"]:
+            step["text"] = HOSTILE
+    for row in record["heat"]:
+        row["seams"] = [seam + HOSTILE for seam in row["seams"]]
+        row["values"][0][3:6] = [None, "inf", "-inf"]
+    record["weights"][0]["tensor"] = HOSTILE
+    record["speed"] |= {"machine": HOSTILE, "engine": HOSTILE}
+    record["localization"] = [{key: HOSTILE for key in ("case", "rung", "seam", "cause", "reproduce")}]
+    record["subject"]["graph"] = HOSTILE
+    return record
+
+
+def half() -> dict[str, Any]:
+    """A run that broke off early: only verdicts of two rungs, most lists empty, rows with holes."""
+    record = make(layers=2, vision_layers=2, cases=1, inside=False)
+    record["verdicts"] = [row for row in record["verdicts"] if row["rung"] in ("contract", "vision")]
+    record |= {"tokens": [], "heat": [{"case": "scene-211"}, 7], "weights": [{}], "speed": {},
+               "engine": {}, "timings": [], "cases": [{"name": "scene-211", "image": {"grid": "broken"}}],
+               "bounds": [{}, {"rung": "vision"}]}
+    record["subject"] = {"checkpoint": None, "bundle": None}
+    return record
+
+
+def huge(count: int = 10_000) -> dict[str, Any]:
+    """Ten thousand seams of names that are not ours, in one rung of one case."""
+    rng = random.Random(5)
+    record = make(layers=1, vision_layers=1, cases=1, inside=False)
+    values = {"local": 1e-6, "accumulated": 1e-5}
+    record["verdicts"] += [_seam("decoder", "scene-211", f"other.block.{at:05d}", values, False, rng).record()
+                           for at in range(count)]
+    return record
