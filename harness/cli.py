@@ -229,6 +229,7 @@ def _verify(arguments: Arguments) -> int:
     from harness.bundle import Bundle
     from harness.gate import verify
     from harness.session import read_report
+    from harness.verdict import Outcome, exit_code
 
     record, certificate = read_report(arguments.report)
     digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
@@ -239,7 +240,7 @@ def _verify(arguments: Arguments) -> int:
         return ExitCode.FAIL
     speaks = f" and speaks for {arguments.bundle}" if arguments.bundle else "; give the bundle to check its bytes too"
     print(f"{certificate['outcome']}: the certificate agrees with its record{speaks}")
-    return ExitCode.PASS if certificate["outcome"] == "PASS" else ExitCode.FAIL
+    return exit_code(Outcome(certificate["outcome"]))
 
 
 def _report(arguments: Arguments) -> int:

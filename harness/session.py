@@ -59,7 +59,9 @@ def describe(subject: Subject, run: Run) -> None:
                    "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity.record()}),
                    "bundle": _try(lambda: subject.bundle.record()),
                    "vision_bundle": _try(lambda: subject.vision_bundle.record())}
-    run.engine = _try(lambda: subject.engine_facts) or {}
+    facts = _try(lambda: subject.engine_facts) or {}
+    run.engine = {"name": facts.get("name"), "version": facts.get("runtime"), "platform": facts.get("platform"),
+                  "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
     run.speed = _try(lambda: speed(subject)) or {}
     run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
     run.tokens = [row for name in subject.cases if (row := _try(lambda name=name: token_rows(subject, name)))]
@@ -155,3 +157,29 @@ def read_report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from harness.checkpoint import read_json
 
     return read_json(folder / "run.json"), read_json(folder / "certificate.json")
+
+
+def rerender(folders: Sequence[Path], *, card: bool = False, index: Path | None = None) -> str:
+    """What `harness report` prints: a card, or where the pages were written.
+
+    Raises HarnessError where folders and options do not go together, or a folder holds no run.
+    """
+    from harness.report import render_card, render_compare, render_html, render_index, render_markdown
+
+    if index is not None:
+        runs = [(path.parent.name, *read_report(path.parent)) for path in sorted(index.glob("*/run.json"))]
+        if not runs:
+            raise HarnessError("holds no report", where=index, fix="run `harness gate` first")
+        write_atomic(index / "index.html", render_index(runs))
+        return f"{len(runs)} runs listed in {index / 'index.html'}"
+    if len(folders) == 2:
+        write_atomic(folders[1] / "compare.html", render_compare(*(read_report(folder)[0] for folder in folders)))
+        return f"what changed is in {folders[1] / 'compare.html'}"
+    if len(folders) != 1:
+        raise HarnessError(f"{len(folders)} report folders given", fix="give one to render it, two to compare them")
+    record, signed = read_report(folders[0])
+    if card:
+        return render_card(record, signed)
+    write_atomic(folders[0] / "report.html", render_html(record, signed))
+    write_atomic(folders[0] / "report.md", render_markdown(record, signed))
+    return f"rendered {folders[0] / 'report.html'}"

@@ -36,7 +36,7 @@ class CoreAIEngine:
     decoder, vision: `.aimodel` directories. grid: the one patch grid (rows, columns) the assets are made for. context:
     slots of the cache, as the bundle's metadata says; the asset's own count is checked too. seam_index: a file made by
     `write_index`; seams it lacks are not offered. embeds: image and DeepStack embeds [N, h], [3N, h] to use instead of
-    the vision asset's. timeout_s: longest wait for the load, and then for each request. reuse_state: later requests find
+    the vision asset's. timeout_s: longest wait for the load, then for each request. reuse_state: later requests find
     the cache as the one before left it (to test for leaks). chunk: prompt tokens a call of a dynamic asset takes at
     most. tmp: where private folders are made. Raises HarnessError for an unknown compute unit and for an index that is
     malformed or was made for another program.

@@ -29,7 +29,7 @@ from harness.trace import Trace
 
 NEAR = 0.05
 """Relative L2 distance below which a value counts as the seam's own. Measured on random decoders and vision towers of
-width 32 to 64: values that belong are within 2e-6 (fp32) to 0.023 (fp16), the nearest other value is at 0.16 or further."""
+width 32 to 64: values that belong are within 2e-6 (fp32) to 0.023 (fp16), the nearest other is at 0.16 or further."""
 
 
 def locate_seams(asset: Path, steps: list[Mapping[str, np.ndarray]], expected: Mapping[str, np.ndarray], *,

@@ -160,7 +160,7 @@ def _expect(function: Function, inputs: tuple[str, ...], states: tuple[str, ...]
 
 
 def _shapes(decoder: Function, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Vocabulary, context and the like as the asset declares them. Raises HarnessError for another contract's layout."""
+    """Vocabulary, context and so on as the asset declares them. Raises HarnessError for another contract's layout."""
     cache, ids = decoder.states["keyCache"].shape, decoder.inputs["input_ids"].shape
     if len(cache) != 5 or cache[1] != 1 or cache != decoder.states["valueCache"].shape:
         raise HarnessError(f"keyCache has shape {list(cache)}; the contract asks for "

@@ -126,8 +126,8 @@ class Weight:
 class Program:
     """constants: in order of first use. attributes: scalars and settings that change arithmetic, in program order.
 
-    Each attribute is {"op", "at", "writes", "composite", "name", "value"}: name `eps` (added before rsqrt), `fill` (into
-    a `where`), `scale` (of a multiplication), `approximate` (of gelu: tanh or none), else `operand N`; tables of one
+    Each attribute is {"op", "at", "writes", "composite", "name", "value"}: name `eps` (added before rsqrt), `fill`
+    (into a `where`), `scale` (of a multiplication), `approximate` (of gelu: tanh or none), else `operand N`; tables of one
     repeated value count as scalars too. operations: how often each operation occurs, callees counted where called.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from harness.bounds import Bound, Bounds
 from harness.report.plain import integer, mapping, number, rows
@@ -22,7 +21,7 @@ _STREAM = re.compile(r"vision\.(?:embed|merger|layers\.\d+|deepstack\.\d+)"
 
 @dataclass(frozen=True)
 class Mark:
-    """One measured error: of one way, in one region, at one seam, with the place of the worst, counted within the region."""
+    """One measured error of one way, region and seam, with the place of the worst, counted within the region."""
 
     value: float
     case: str
