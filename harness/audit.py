@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -153,17 +153,30 @@ def _compare(item: Expected, view: _View, offset: int) -> Finding:
 
 
 def _check_order(findings: dict[str, Finding]) -> None:
-    """Layers are used one after the other: a tensor whose first use falls among another layer's stands in its place."""
-    layers: dict[tuple[str, int], list[Finding]] = defaultdict(list)
+    """Layers are used one after the other, and each uses its tensors in the order that most layers do.
+
+    So a tensor that stands in another layer's place, or in another role's, is found though its content is right.
+    """
+    families: dict[str, dict[int, dict[str, Finding]]] = defaultdict(lambda: defaultdict(dict))
     for finding in findings.values():
-        match = re.search(r"(.*\.(?:layers|blocks))\.(\d+)\.", finding.name)
+        match = re.fullmatch(r"(.*\.(?:layers|blocks))\.(\d+)\.(.*)", finding.name)
         if match and finding.at is not None:
-            layers[match[1], int(match[2])].append(finding)
-    for (family, layer), members in layers.items():
-        middle = {number: float(np.median([one.at for one in found])) for (other, number), found in layers.items()
-                  if other == family}
-        for one in members:
-            nearest = min(middle, key=lambda number: abs(middle[number] - one.at))
-            if abs(nearest - layer) > 1:
-                findings[one.name] = Finding(one.name, one.stored, max(one.wrong, 1), one.rows,
-                                             f"used where layer {nearest} computes", one.at)
+            families[match[1]][int(match[2])][match[3]] = finding
+    for layers in families.values():
+        for role in sorted({role for found in layers.values() for role in found}):
+            held = [layers[number][role] for number in sorted(layers) if role in layers[number]]
+            _misplaced(findings, held, [one.at for one in held], "used where another layer computes")
+        orders = {number: [one.name.partition(f".{number}.")[2] for one in sorted(found.values(), key=lambda one: one.at)]
+                  for number, found in layers.items()}
+        usual = Counter(map(tuple, orders.values())).most_common(1)[0][0]
+        for number, order in orders.items():
+            if len(order) == len(usual):
+                held = [layers[number][role] for role in usual if role in layers[number]]
+                _misplaced(findings, held, [one.at for one in held], "used out of the order of the other layers")
+
+
+def _misplaced(findings: dict[str, Finding], held: Sequence[Finding], places: Sequence[int], reason: str) -> None:
+    """Mark what does not stand where sorting would put it."""
+    for one, place, right in zip(held, places, sorted(places)):
+        if place != right and not findings[one.name].wrong:
+            findings[one.name] = replace(one, wrong=1, reason=reason)

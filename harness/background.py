@@ -52,6 +52,7 @@ class EngineJob:
         self._make, self._requests = make, requests
         self.engine: Engine | None = None
         self._traces: dict[str, Trace] = {}
+        self._refused: dict[str, HarnessError] = {}
         self._error: HarnessError | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -63,12 +64,13 @@ class EngineJob:
             self._changed.wait_for(lambda: case in self._traces or not self._thread.is_alive() or self._error)
             if case in self._traces:
                 return self._traces[case]
-        raise self._error or Undecided("the engine gave no trace", where=case)
+        raise self._refused.get(case) or self._error or Undecided("the engine gave no trace", where=case)
 
     def _run(self) -> None:
         try:
             self.engine = self._make()
-            for case, trace in zip(self._requests, self.engine.run(list(self._requests.values()))):
+            fit = {case: request for case, request in self._requests.items() if self._fits(case, request)}
+            for case, trace in zip(fit, self.engine.run(list(fit.values()))):
                 with self._changed:
                     self._traces[case] = trace
                     self._changed.notify_all()
@@ -77,6 +79,15 @@ class EngineJob:
             self._stop(error)
         except Exception as error:  # whatever broke, the run goes on and says so
             self._stop(Undecided(f"the engine could not be driven ({type(error).__name__}: {error})"))
+
+    def _fits(self, case: str, request: Request) -> bool:
+        """Whether the bundle can run a request at all; one that it cannot must not take the others with it."""
+        try:
+            self.engine.check(request)
+            return True
+        except HarnessError as error:
+            self._refused[case] = error
+            return False
 
     def _stop(self, error: HarnessError) -> None:
         with self._changed:

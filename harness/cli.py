@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -41,11 +42,17 @@ def _subject_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vision-bundle", type=Path, metavar="DIR", help="vision bundle that goes with it")
     add("--oracle", type=Path, metavar="DIR", help="recorded oracle (default: record or resume one)")
     add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
+    add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
     add("--timeout", type=float, dest="timeout_s", metavar="S", help="seconds the engine may take (default: 900)")
+
+
+def _grid(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +83,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="revision of a hub id")
     add("--mode", choices=("fp16", "int8lin", "int8hu"), default="int8hu")
     add("--out", type=Path, metavar="DIR", default=Path("build"), help="where the bundles go (default: build)")
+    add("--grid", type=_grid, default=(28, 28), metavar="HxW", help="patch grid of the vision bundle (default: 28x28)")
     add("--context", type=int, default=512, metavar="TOKENS", help="slots of the KV cache (default: 512)")
     add("--dynamic", action="store_true", help="also export the dynamic-S twin")
     add("--activations", choices=("fp16", "fp32"), default="fp16", help="fp32 separates structure from rounding")
@@ -134,11 +142,10 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
 
     subject = subject_of(arguments)
     subject.keep_cases(getattr(arguments, "case", None))
-    name = subject.checkpoint.name + (f"-{subject.options.mode}" if not subject.options.bundle
-                                      else f"-{subject.options.bundle.name}")
+    name = f"{subject.checkpoint.name}-{subject.options.bundle.name if subject.options.bundle else subject.mode}"
     folder = arguments.out or Path("reports") / name
     subject.options = replace(subject.options, work=folder)
-    run = Run(command="harness " + " ".join(sys.argv[1:]))
+    run = Run(command=shlex.join(["harness", *sys.argv[1:]]))
     whole = list(names) == list(_all_rungs())
     try:
         with Screen(quiet=arguments.json) as screen:
@@ -201,7 +208,7 @@ def _export(arguments: Arguments) -> int:
 
     checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
     with Screen(quiet=arguments.json) as screen:
-        result = export(checkpoint, arguments.out, arguments.mode, context=arguments.context,
+        result = export(checkpoint, arguments.out, arguments.mode, grid=arguments.grid, context=arguments.context,
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
                         progress=screen.say)
     print(json.dumps(result.record()) if arguments.json else result.describe())
@@ -220,7 +227,7 @@ def _calibrate(arguments: Arguments) -> int:
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()
-    write_atomic(arguments.out, to_toml(bounds, "harness " + " ".join(sys.argv[1:])))
+    write_atomic(arguments.out, to_toml(bounds, shlex.join(["harness", *sys.argv[1:]])))
     print(f"{len(bounds)} bounds written to {arguments.out}")
     return ExitCode.PASS
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,11 +74,16 @@ def distance(reference: np.ndarray, candidate: np.ndarray) -> Distance:
 
 
 def by_region(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str, np.ndarray]) -> dict[str, Distance]:
-    """`distance` over all tokens (key "all") and over each region: index arrays of tokens, empty ones left out."""
+    """`distance` over all tokens (key "all") and over each region: index arrays of tokens, empty ones left out.
+
+    Tokens are numbered within the whole, in the regions as well.
+    """
     out = {"all": distance(reference, candidate)}
     for name, index in regions.items():
         if 0 < len(index) < reference.shape[0]:
-            out[name] = distance(reference[index], candidate[index])
+            part = distance(reference[index], candidate[index])
+            out[name] = replace(part, worst_token_at=int(index[part.worst_token_at]),
+                                max_abs_at=(int(index[part.max_abs_at[0]]), *part.max_abs_at[1:]))
     return out
 
 
@@ -132,7 +137,7 @@ def _figures(sums: _Sums, shape: tuple[int, ...]) -> Distance:
         worst_channel_at=_unravel(channel_at, shape[1:]),
         norm_drift=abs(math.sqrt(cc / rr) - 1.0) if rr else (math.inf if cc else 0.0), max_abs=sums.max_abs,
         max_abs_at=_unravel(sums.max_abs_at, shape),
-        psnr=math.inf if mse == 0 else 20 * math.log10(max(sums.reference_max, 1e-300) / math.sqrt(mse)),
+        psnr=math.inf if mse == 0 else 20 * math.log10(max(sums.reference_max, 1e-300)) - 10 * math.log10(mse),
         reference_max=sums.reference_max, reference_nonfinite=0, candidate_nonfinite=0, tokens=shape[0])
 
 

@@ -16,7 +16,8 @@ OURS = "harness.graph.reference:factory"
 class Options:
     """What a user may choose; None means the default: the embedded checkpoint, our graph, an oracle and a bundle of our own.
 
-    mode: fp16, int8lin or int8hu, for a bundle that we export. work: where what is made goes.
+    mode: fp16, int8lin or int8hu: of the bundle that we export (int8hu by default), or of a given one whose metadata does
+    not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes.
     """
 
     checkpoint: str | None = None
@@ -25,7 +26,7 @@ class Options:
     bundle: Path | None = None
     vision_bundle: Path | None = None
     oracle: Path | None = None
-    mode: str = "int8hu"
+    mode: str | None = None
     device: str = "cpu"
     cases: Path = CASES
     bounds: Path = BOUNDS

@@ -127,7 +127,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     try:
         subject = judged(config).subject
         checkpoint, policy = subject.checkpoint, subject.policy
-        bundle = subject.options.bundle or f"exported now, {subject.options.mode}"
+        bundle = subject.options.bundle or f"exported now, {subject.mode}"
         return [f"harness {tool()['version']} at {tool()['commit']}, policy {policy.name} ({policy.digest[:12]})",
                 f"checkpoint {checkpoint.name} ({checkpoint.digest[:12]}), graph {subject.options.graph}",
                 f"bundle {bundle}, oracle {subject.options.oracle or 'recorded here'}"]

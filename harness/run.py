@@ -92,7 +92,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """Plain JSON types."""
         body = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "verdicts"}
-        return plain({"schema": SCHEMA, **body, "verdicts": [verdict.record() for verdict in self.verdicts]})
+        return {"schema": SCHEMA, **plain(body), "verdicts": [verdict.record() for verdict in self.verdicts]}
 
 
 def run_from_record(record: Mapping[str, Any]) -> Run:

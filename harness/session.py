@@ -57,15 +57,23 @@ def describe(subject: Subject, run: Run) -> None:
                                   "geometry": subject.geometry.record()},
                    "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity.record()}),
-                   "bundle": _try(lambda: subject.bundle.record()),
-                   "vision_bundle": _try(lambda: subject.vision_bundle.record())}
-    facts = _try(lambda: subject.engine_facts) or {}
+                   "bundle": None, "vision_bundle": None}
+    # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
+    if subject.has_bundle:
+        run.subject |= {"bundle": _try(lambda: subject.bundle.record()),
+                        "vision_bundle": _try(lambda: subject.vision_bundle and subject.vision_bundle.record())}
+    facts = _try(lambda: subject.engine_facts) if subject.engine_started else {}
+    facts = facts or {}
     run.engine = {"name": facts.get("name"), "version": facts.get("runtime"), "platform": facts.get("platform"),
                   "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
-    run.speed = _try(lambda: speed(subject)) or {}
+    run.speed = _try(lambda: speed(subject)) or {} if subject.engine_started else {}
     run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
-    run.tokens = [row for name in subject.cases if (row := _try(lambda name=name: token_rows(subject, name)))]
-    run.heat = [row for name in subject.cases if (row := _try(lambda name=name: heat_rows(subject, name)))]
+    rows = {"tokens": token_rows, "heat": heat_rows}
+    judged = {"tokens": "tokens", "heat": "decoder"}
+    for field, make in rows.items():
+        cases = {verdict.case for verdict in run.of(judged[field])} & set(subject.cases)
+        setattr(run, field, [row for name in subject.cases if name in cases
+                             and (row := _try(lambda name=name, make=make: make(subject, name)))])
     run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
                     "stored": verdict.figures.get("stored"), "error": verdict.value}
                    for verdict in run.of("weights")]
@@ -89,7 +97,7 @@ def speed(subject: Subject) -> dict[str, Any]:
 def _try(make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except HarnessError:
+    except Exception:  # a porter's code may raise anything; the verdicts say what, the description just lacks a row
         return None
 
 

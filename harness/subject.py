@@ -190,7 +190,7 @@ class Subject:
     def _export(self) -> ExportJob:
         from harness.background import ExportJob
 
-        chosen = ["--mode", self.options.mode, "--context", str(self.options.context)]
+        chosen = ["--mode", self.mode, "--grid", "x".join(map(str, self.options.grid)), "--context", str(self.options.context)]
         return ExportJob([*([self.options.checkpoint] if self.options.checkpoint else []), *chosen],
                          self.options.work / "bundles")
 
@@ -213,8 +213,12 @@ class Subject:
 
     @property
     def mode(self) -> str:
-        """Quantization mode: as the bundle's metadata says, or as asked for."""
-        return self.bundle.mode if self.options.bundle is not None else self.options.mode
+        """Quantization mode: as a given bundle's metadata says, as asked for where it does not, or int8hu for our own."""
+        from harness.bundle import UNKNOWN_MODE
+
+        if self.options.bundle is None:
+            return self.options.mode or "int8hu"
+        return self.bundle.mode if self.bundle.mode != UNKNOWN_MODE else self.options.mode or UNKNOWN_MODE
 
     @kept
     def twin(self, grid: tuple[int, int]) -> Reference:
@@ -285,10 +289,26 @@ class Subject:
         return self._engine_job.trace(case)
 
     @property
+    def has_bundle(self) -> bool:
+        """Whether there is a bundle without making one now."""
+        return self.options.bundle is not None or "_export" in self.__dict__
+
+    @property
+    def engine_started(self) -> bool:
+        """Whether the engine was asked for."""
+        return "_engine_job" in self.__dict__
+
+    @property
     def engine_facts(self) -> dict[str, Any]:
         """Name, versions and platform of the engine that judged."""
         self.engine_trace(self.engine_cases()[0])
         return {"name": self._engine_job.engine.name, **self._engine_job.engine.facts}
+
+    @property
+    def engine_seams(self) -> frozenset[str]:
+        """Seams that the engine promises to read."""
+        self.engine_trace(self.engine_cases()[0])
+        return self._engine_job.engine.seams()
 
     @property
     def engine_key(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -63,7 +63,7 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """Plain JSON types; non-finite numbers as strings, because JSON has none."""
-        return plain(asdict(self))
+        return plain(vars(self))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Verdict:

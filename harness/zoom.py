@@ -5,15 +5,16 @@ With the oracle injected at each inside seam, the error left at a seam was made 
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.engines import Request
-from harness.errors import HarnessError
 from harness.ladder import judge
 from harness.localize import block_of, broken, describe_tokens, inherited
+from harness.options import Options
 from harness.subject import Subject
 from harness.trace import Trace, decoder_seams, layer_of, vision_seams
 from harness.verdict import Outcome, Verdict
@@ -63,16 +64,17 @@ def localize(subject: Subject, verdicts: Sequence[Verdict]) -> list[dict[str, An
 
 
 def reproduce(subject: Subject, verdict: Verdict) -> str:
-    """The one command that shows this verdict again."""
-    options, words = subject.options, ["harness", "ladder", "--rung", verdict.rung]
+    """The one command that shows this verdict again: the options that differ from their defaults."""
+    words = ["harness", "ladder", *([subject.options.checkpoint] if subject.options.checkpoint else []),
+             "--rung", verdict.rung]
     if verdict.case in subject.cases:
         words += ["--case", verdict.case]
-    if options.checkpoint:
-        words.insert(2, str(options.checkpoint))
-    for flag, value in (("--graph", options.graph), ("--bundle", options.bundle), ("--oracle", options.oracle)):
-        if value is not None and value != type(options).__dataclass_fields__[flag[2:]].default:
-            words += [flag, str(value)]
-    return " ".join(words)
+    plain = Options()
+    for name in ("revision", "graph", "bundle", "vision_bundle", "oracle", "mode", "grid", "cases", "bounds", "policy"):
+        value = getattr(subject.options, name)
+        if value != getattr(plain, name):
+            words += [f"--{name.replace('_', '-')}", "x".join(map(str, value)) if name == "grid" else str(value)]
+    return shlex.join(words)
 
 
 def _explain(culprit: Verdict, seam: str) -> str | None:
@@ -90,8 +92,8 @@ def _op(subject: Subject, culprit: Verdict) -> Verdict | None:
               and not seam.endswith(".deepstack")]
     try:
         return next((verdict for verdict in _inside(subject, culprit, inside) if verdict.outcome is Outcome.FAIL), None)
-    except HarnessError:
-        return None  # the seam is named all the same; the op needs the checkpoint beside the oracle
+    except Exception:  # noqa: BLE001  a porter's graph may raise anything here; the seam is named all the same
+        return None
 
 
 def _inside(subject: Subject, culprit: Verdict, inside: Sequence[str]) -> list[Verdict]:

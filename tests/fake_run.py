@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
+from harness.gate import certificate
+from harness.policy import policy_from
 from harness.report.png import data_uri
-from harness.run import Run
+from harness.run import Run, run_from_record
 from harness.verdict import Outcome, Verdict
 
 HOSTILE = '<script>document.title="owned"</script>"><img src=http://example.invalid/x onerror=alert(1)>' \
           "'`|*_[a](b)@team</script>"
+BROKEN = "decoder.layers.01"
 VISION_INSIDE = ("norm1", "attn.q_rope", "attn.k_rope", "attn.v", "attn.context", "attn.out", "norm2", "mlp.fc1",
                  "mlp.act", "mlp.out")
 DECODER_INSIDE = ("input_norm", "attn.q_norm", "attn.k_norm", "attn.v", "attn.q_rope", "attn.k_rope", "attn.context",
@@ -258,3 +263,20 @@ def huge(count: int = 10_000) -> dict[str, Any]:
     record["verdicts"] += [_seam("decoder", "scene-211", f"other.block.{at:05d}", values, False, rng).record()
                            for at in range(count)]
     return record
+
+
+@cache
+def _made(kind: str) -> str:
+    makers = {"healthy": lambda: make(layers=3, vision_layers=2, cases=2), "hostile": hostile, "half": half,
+              "failing": lambda: make(layers=3, vision_layers=2, cases=2, broken=BROKEN)}
+    return json.dumps(makers[kind]())
+
+
+def record_of(kind: str) -> dict[str, Any]:
+    """A fresh copy of a small record: healthy, failing (at BROKEN), hostile or half."""
+    return json.loads(_made(kind))
+
+
+def signed(record: dict[str, Any]) -> dict[str, Any]:
+    """The certificate of a record."""
+    return certificate(run_from_record(record), policy_from(record["policy"]))

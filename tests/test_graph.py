@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from random_models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from harness.cases import FrozenInputs
@@ -14,7 +15,6 @@ from harness.engines.torch_graph import TorchGraph
 from harness.errors import HarnessError
 from harness.graph.reference import HEAD, factory
 from harness.graph.vision import block_major, interpolate_positions
-from tests.random_models import write_checkpoint
 
 GRID = (4, 6)
 

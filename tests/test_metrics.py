@@ -97,9 +97,11 @@ def test_cosine_gap_keeps_its_digits_near_one():
 def test_regions_are_measured_apart():
     reference = np.ones((10, 4))
     candidate = reference.copy()
-    candidate[:3] += 1
-    found = by_region(reference, candidate, {"image": np.arange(3), "text": np.arange(3, 10), "none": np.arange(0)})
-    assert (found["image"].rel_l2, found["text"].rel_l2, set(found)) == (1.0, 0.0, {"all", "image", "text"})
+    candidate[5:8] += 1
+    candidate[6] += 1
+    found = by_region(reference, candidate, {"image": np.arange(5, 8), "text": np.arange(5), "none": np.arange(0)})
+    assert (found["text"].rel_l2, set(found)) == (0.0, {"all", "image", "text"})
+    assert (found["image"].worst_token_at, found["image"].max_abs_at) == (6, (6, 0))
 
 
 def test_kl_and_margin():

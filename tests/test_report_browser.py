@@ -1,4 +1,4 @@
-"""Reports in a real browser: they render, the console stays silent, the network is left alone, hostile text stays text."""
+"""Reports in a real browser: they render, the console stays silent, nothing is asked for, hostile text stays text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def opened(source: str, folder: Path) -> tuple[str, list[str]]:
     page = folder / "page.html"
     page.write_text(source, encoding="utf-8")
     root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
-    done = subprocess.run([CHROMIUM, *FLAGS, *root, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri()],
+    profile = f"--user-data-dir={folder / 'profile'}"
+    done = subprocess.run([CHROMIUM, *FLAGS, *root, profile, "--dump-dom", page.as_uri()],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

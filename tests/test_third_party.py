@@ -221,6 +221,18 @@ def test_a_stale_row_inside_a_foreign_bundle_goes_red(options, shipped):
     assert folded(verdicts, LENIENT, "engine") is Outcome.FAIL
 
 
+def test_weights_fused_inside_a_foreign_bundle_are_found_and_a_stale_row_is_named(options, shipped):
+    def decoder_rows(name):
+        return [verdict for verdict in climbed(judged(options, shipped, name), {"weights": ["bundle"]})
+                if verdict.seam.startswith(("model.language_model.", "lm_head."))]
+
+    healthy, wrong = decoder_rows("healthy"), decoder_rows("stale")
+    assert len(healthy) == 2 + 1 + 11 * 4 and {verdict.outcome for verdict in healthy} == {Outcome.PASS}
+    red = [verdict for verdict in wrong if verdict.outcome is not Outcome.PASS]
+    assert [verdict.seam for verdict in red] == ["model.language_model.layers.2.self_attn.k_proj.weight"]
+    assert red[0].outcome is Outcome.FAIL and list(red[0].figures["rows"]) == [5]
+
+
 def test_a_bundle_of_another_geometry_or_contract_is_refused(on_engine, shipped):
     from harness.engines.coreai import CoreAIEngine
 

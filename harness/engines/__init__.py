@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Seams that `run` can answer."""
         ...
 
+    def check(self, request: Request) -> object:
+        """Raises HarnessError where this engine cannot run the request."""
+        ...
+
     def run(self, requests: Sequence[Request]) -> Iterator[Trace]:
         """One Trace a request, in order, as they come. Raises Undecided where the engine crashed, hung or is not there."""
         ...

@@ -237,8 +237,7 @@ def _words(ladder: Ladder, step: Step) -> str:
     lines = [f"{step.seam}: {step.outcome.value}"]
     for (way, region), mark in sorted(step.marks.items(), key=lambda item: item[0], reverse=True):
         name = " ".join(part for part in (way, region) if part)
-        # Coordinates count within the region: row 0 of the image tokens is the first of them, wherever it stands.
-        token = "" if mark.token is None else f" at row {mark.token} of the {region} tokens"
+        token = "" if mark.token is None else f" at token {mark.token}, over {region} tokens"
         where = f", largest |Δ| {figure(mark.max_abs)} at {place(mark.max_abs_at)}" if mark.max_abs_at else ""
         case = "" if ladder.case else f" ({mark.case})"
         lines.append(f"{name}: {figure(mark.value)}{token}{where}, cosine {cosine(mark.cosine)}{case}")

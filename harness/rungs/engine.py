@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from harness.checkpoint import Geometry
 from harness.ladder import judge
-from harness.rungs.decode import by_layer, cache_seams
+from harness.rungs.decode import by_layer
 from harness.subject import Subject
 from harness.trace import Trace, decoder_seams, vision_seams
 from harness.verdict import Outcome, Verdict
@@ -21,8 +22,15 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     seams = {}
     for case in subject.engine_cases():
         vision = vision_seams(subject.geometry) if subject.cases[case].images else ()
-        seams[case] = (*vision, *decoder_seams(subject.geometry), *cache_seams(subject.geometry.layers))
+        seams[case] = (*vision, *_with_cache(subject.geometry))
     return seams
+
+
+def _with_cache(geometry: Geometry) -> list[str]:
+    """Decoder seams, each layer's cache before its output: so they are computed, so the first that breaks is the first."""
+    cache = {f"decoder.layers.{layer:02d}": (f"kv.keys.{layer:02d}", f"kv.values.{layer:02d}")
+             for layer in range(geometry.layers)}
+    return [name for seam in decoder_seams(geometry) for name in (*cache.get(seam, ()), seam)]
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
@@ -34,5 +42,8 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     reference = {**twin.arrays, **by_layer(twin).arrays}
     verdicts = judge(NAME, case, have, reference, {"": got}, subject.bounds, engine=subject.engine_key,
                      regions=subject.regions(case)) if have else []
-    return verdicts + [Verdict(NAME, case, seam, Outcome.SKIP, "no seam index says where the bundle holds this value")
+    promised = subject.engine_seams
+    return verdicts + [Verdict(NAME, case, seam, Outcome.ERROR, "the engine was to read this value and did not")
+                       if seam in promised or seam.startswith("kv.") else
+                       Verdict(NAME, case, seam, Outcome.SKIP, "no seam index says where the bundle holds this value")
                        for seam in planned if seam not in got]
