@@ -6,6 +6,7 @@ The export needs nothing of the oracle, and the engine has its own process: on t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,12 +19,19 @@ from harness.errors import ExitCode, HarnessError, Undecided
 from harness.trace import Trace
 
 
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 20.0
+"""Seconds that a terminated export has to remove its drafts, before it is killed."""
+
+
 class ExportJob:
-    """`harness export --json` in a child process; started at once, killed with the object's `stop`."""
+    """`harness export --json` in a child process; started at once, ended by the object's `stop`."""
 
     def __init__(self, arguments: Sequence[str], out: Path) -> None:
         command = [sys.executable, "-m", "harness.cli", "export", "--json", "--overwrite", "--out", str(out), *arguments]
-        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                       text=True, errors="replace", env=os.environ | {"PYTHONPATH": path})
         self._lock, self._done = threading.Lock(), None
 
     def result(self) -> dict[str, Any]:
@@ -33,15 +41,23 @@ class ExportJob:
                 self._done = (*self._child.communicate(), self._child.returncode)
         out, err, code = self._done
         if code == ExitCode.PASS:
-            return json.loads(out.strip().splitlines()[-1])
+            try:
+                return json.loads(out.strip().rpartition("\n")[2])
+            except ValueError as error:
+                raise Undecided("the export ended well and did not say what it made") from error
         last = next((line for line in reversed(err.splitlines()) if line.strip()), "no message")
         kind = HarnessError if code == ExitCode.BAD_INPUT else Undecided
         raise kind(f"the export ended with code {code}: {last.removeprefix('harness export: ')}")
 
     def stop(self) -> None:
         """End the child if it still runs."""
-        if self._child.poll() is None:
-            self._child.terminate()
+        if self._child.poll() is not None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
             self._child.wait()
 
 
@@ -57,6 +73,11 @@ class EngineJob:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Cases in the order they run."""
+        return tuple(self._requests)
 
     def trace(self, case: str) -> Trace:
         """Wait for a case. Raises HarnessError where the engine did not get that far, with its reason."""
@@ -77,7 +98,7 @@ class EngineJob:
             self._stop(Undecided("the engine ended before this case"))
         except HarnessError as error:
             self._stop(error)
-        except Exception as error:  # whatever broke, the run goes on and says so
+        except BaseException as error:  # whatever broke (an exit too), the run goes on and says so: nobody waits forever
             self._stop(Undecided(f"the engine could not be driven ({type(error).__name__}: {error})"))
 
     def _fits(self, case: str, request: Request) -> bool:

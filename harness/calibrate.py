@@ -10,21 +10,26 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from statistics import NormalDist, fmean, pstdev
 
 from harness.benign import VARIATIONS, Variation
 from harness.bounds import Bound, Bounds
 from harness.errors import HarnessError
+from harness.graph.quantize import RECIPES
 from harness.graph.reference import Reference
 from harness.ladder import NAMES
 from harness.rungs import CHECKS
+from harness.rungs.engine import SHARP
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
 FALSE_ALARM = 1e-6
 MARGIN = 4.0
-"""Times the largest healthy figure: other machines sum in orders that no variation here has shown."""
+"""Times the largest healthy figure in float32: other machines sum in orders that no variation here has shown."""
+ROUNDED_MARGIN = 2.0
+"""The same where fp16 or int8 decides: that arithmetic is the same on every machine, only other prompts differ."""
 ROUNDING = 4 * 2.0**-24
 """Least bound on float32 values: an addition associated differently may move any of them by an ulp."""
 SHAPE = ("rel_l2", "worst_token", "worst_channel", "norm_drift")
@@ -47,19 +52,26 @@ def calibrate(subject: Subject, progress: Callable[[str, int, int], None] = lamb
         varied = _Varied(subject.options, variation)
         varied.__dict__.update(oracle=subject.oracle, bounds=_wide())
         _measure(varied, ("vision", "decoder", "decode"), samples, "*")
-    progress("bundle", len(VARIATIONS), len(VARIATIONS) + 1)
-    kept = subject.bounds if "bounds" in subject.__dict__ else None
-    subject.__dict__["bounds"] = _wide()
-    subject.start_engine()
-    _measure(subject, ("quantized",), samples, subject.mode)
-    _measure(subject, ("engine", "tokens"), samples, subject.engine_key)
-    if kept is not None:
-        subject.__dict__["bounds"] = kept
+    given = subject.options.bundle is not None or subject.options.mode is not None
+    for mode in (subject.mode,) if given else RECIPES:
+        progress(f"bundle {mode}", len(VARIATIONS), len(VARIATIONS) + 1)
+        _bundle(subject, mode, samples)
     words = "; ".join(variation.__doc__ for variation in VARIATIONS.values())
     graph = f"healthy variations ({words})"
     # The last bound that covers a seam wins, so the broader pattern of a family stands before the narrower.
     ordered = sorted(samples.items(), key=lambda row: (NAMES.index(row[0][0]), len(row[0][2].split("@")[0])))
     return [_bound(key, values, graph, len(subject.cases)) for key, values in ordered] + [_headroom()]
+
+
+def _bundle(subject: Subject, mode: str, samples: dict[Key, list[float]]) -> None:
+    made = Subject(replace(subject.options, mode=mode, work=subject.options.work / mode))
+    made.__dict__.update(oracle=subject.oracle, bounds=_wide())
+    try:
+        made.start_engine()
+        _measure(made, ("quantized",), samples, mode)
+        _measure(made, ("engine", "tokens"), samples, made.engine_key)
+    finally:
+        made.close()
 
 
 class _Varied(Subject):
@@ -94,8 +106,9 @@ def _measure(subject: Subject, rungs: Sequence[str], samples: dict[Key, list[flo
             for verdict in CHECKS[rung].measure(subject, case):
                 if verdict.outcome is Outcome.ERROR:
                     raise HarnessError(f"healthy, and yet {verdict.reason}", where=verdict.id)
+                key = subject.sharp.key if case.endswith(SHARP) else engine
                 for metric, seams, value in _figures(verdict):
-                    samples[rung, metric, f"{seams}@{engine}"].append(value)
+                    samples[rung, metric, f"{seams}@{key}"].append(value)
 
 
 def _figures(verdict: Verdict) -> Iterator[tuple[str, str, float]]:
@@ -118,10 +131,11 @@ def _bound(key: Key, values: list[float], graph: str, cases: int) -> Bound:
     spread = pstdev(logs) if len(logs) > 1 else 0.0
     tail = math.exp(fmean(logs) + NormalDist().inv_cdf(1 - FALSE_ALARM) * spread) if math.isfinite(logs[0]) else 0.0
     largest = max(values)
-    limit = round_up(max(MARGIN * largest, tail, ROUNDING))
+    margin = MARGIN if engine == "*" or "-fp32:" in engine else ROUNDED_MARGIN
+    limit = round_up(max(margin * largest, tail, ROUNDING))
     source = graph if engine == "*" else f"one healthy bundle ({engine})"
     return Bound(rung, metric, limit, largest, f"{len(values)} figures of {source} over {cases} cases; the larger of "
-                 f"{MARGIN:g} x the largest and the lognormal's {FALSE_ALARM:g} tail", date.today().isoformat(), seams, engine)
+                 f"{margin:g} x the largest and the lognormal's {FALSE_ALARM:g} tail", date.today().isoformat(), seams, engine)
 
 
 def _headroom() -> Bound:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +51,24 @@ def _subject_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
-    add("--timeout", type=float, dest="timeout_s", metavar="S", help="seconds the engine may take (default: 900)")
+    add("--timeout", type=_seconds, dest="timeout_s", metavar="S", help="seconds the engine may take (default: 900)")
 
 
 def _grid(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no grid of patches; write for example 28x28")
     return int(rows), int(columns)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,9 +158,11 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
 
     subject = subject_of(arguments)
     subject.keep_cases(getattr(arguments, "case", None))
-    name = f"{subject.checkpoint.name}-{subject.options.bundle.name if subject.options.bundle else subject.mode}"
-    folder = arguments.out or Path("reports") / name
+    bundle = subject.options.bundle
+    folder = arguments.out or \
+        Path("reports") / f"{subject.checkpoint.name}-{bundle.resolve().name if bundle else subject.mode}"
     subject.options = replace(subject.options, work=folder)
+    session.check_given(subject)
     run = Run(command=shlex.join(["harness", *sys.argv[1:]]))
     whole = list(names) == list(_all_rungs())
     try:
@@ -175,38 +193,36 @@ def _part(run: Any, policy: Any) -> int:
 
 
 def _record(arguments: Arguments) -> int:
-    from harness.cases import CASES, load_cases
-    from harness.checkpoint import open_checkpoint
     from harness.oracle import record
     from harness.subject import recorded_folder
     from harness.terminal import Screen
 
-    checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
+    subject = subject_of(arguments)
+    checkpoint, cases = subject.checkpoint, list(subject.cases.values())
+    inside = _layers(arguments.inside, max(checkpoint.geometry.layers, checkpoint.geometry.vision_layers))
     folder = arguments.out or recorded_folder(checkpoint, arguments.device)
     with Screen() as screen:
-        oracle = record(checkpoint, load_cases(arguments.cases or CASES), folder, device=arguments.device,
-                        inside=_layers(arguments.inside),
+        oracle = record(checkpoint, cases, folder, device=arguments.device, inside=inside,
                         progress=lambda what, done, total: screen.step("record", done, total))
     print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder}, digest {oracle.digest[:12]}")
     return ExitCode.PASS
 
 
-def _layers(text: str | None) -> frozenset[int] | str | None:
+def _layers(text: str | None, count: int) -> frozenset[int] | str | None:
     if text is None or text == "all":
         return text
-    try:
-        return frozenset(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise HarnessError(f"{text!r} is neither 'all' nor layer numbers", where="--inside",
-                           fix="write for example --inside 0,1,5") from error
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) < count for part in parts):
+        raise HarnessError(f"{text!r} is neither 'all' nor layer numbers below {count}", where="--inside",
+                           fix="write for example --inside 0,1")
+    return frozenset(map(int, parts))
 
 
 def _export(arguments: Arguments) -> int:
-    from harness.checkpoint import open_checkpoint
     from harness.export import export
     from harness.terminal import Screen
 
-    checkpoint = open_checkpoint(arguments.checkpoint, arguments.revision)
+    checkpoint = subject_of(arguments).checkpoint
     with Screen(quiet=arguments.json) as screen:
         result = export(checkpoint, arguments.out, arguments.mode, grid=arguments.grid, context=arguments.context,
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
@@ -218,9 +234,11 @@ def _export(arguments: Arguments) -> int:
 def _calibrate(arguments: Arguments) -> int:
     from harness.calibrate import calibrate, to_toml
     from harness.run import write_atomic
+    from harness.session import check_given
     from harness.terminal import Screen
 
     subject = subject_of(arguments)
+    check_given(subject)
     try:
         with Screen() as screen:
             subject.progress = screen.step
@@ -292,20 +310,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; whatever a user can mend is one sentence on stderr and a documented exit code."""
+    """Run one verb; whatever goes wrong is one sentence on stderr and a documented exit code, never a stack trace."""
     arguments = parser().parse_args(argv)
-    # A killed run cleans up as an interrupted one does: drafts are removed, children ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return int(VERBS[arguments.verb].run(arguments))
+        with _killed_as_interrupted():
+            return int(VERBS[arguments.verb].run(arguments))
     except HarnessError as error:
-        print(f"harness {arguments.verb}: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        return _complain(arguments.verb, str(error), error.exit_code)
     except KeyboardInterrupt:
-        kept = "nothing half-written is left" if arguments.verb == "export" else \
-            "what was recorded is kept, run the same command to go on"
-        print(f"harness {arguments.verb}: interrupted; {kept}", file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
+        return _complain(arguments.verb, "interrupted; " + INTERRUPTED.get(arguments.verb, "nothing half-written is left"),
+                         ExitCode.INTERRUPTED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(arguments.verb, f"{where}cannot be read or written ({error.strerror or error})",
+                         ExitCode.BAD_INPUT)
+    except (Exception, SystemExit) as error:  # also a graph under test that calls sys.exit(0): that is no pass
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return _complain(arguments.verb, f"crashed with {type(error).__name__}: {error} ({Path(at.filename).name}, line "
+                         f"{at.lineno}); nothing was decided", ExitCode.UNDECIDED)
+
+
+INTERRUPTED = dict.fromkeys(("gate", "ladder", "calibrate", "record"),
+                            "what was recorded is kept, run the same command to go on")
+
+
+def _complain(verb: str, sentence: str, code: ExitCode) -> int:
+    print(f"harness {verb}: {' '.join(sentence.split())}", file=sys.stderr)
+    return int(code)
+
+
+@contextmanager
+def _killed_as_interrupted() -> Iterator[None]:
+    """A killed run cleans up as an interrupted one does: drafts are removed, children ended.
+
+    Only the main thread may set a handler; it is put back, because a caller in this process may have its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ def examine() -> int:
         table.add_column(header)
     for good, what, found in rows:
         table.add_row({True: "[green]yes[/green]", False: "[red]no[/red]", None: "-"}[good], what, found)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return int(ExitCode.UNDECIDED if any(good is False for good, *_ in rows) else ExitCode.PASS)
 
 
@@ -81,6 +84,8 @@ def _embedded() -> Row:
 def _gpu() -> Row:
     if importlib.util.find_spec("torch") is None:
         return None, "gpu", "not looked for: torch is missing"
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # an installation that is broken: that is what a doctor is asked about
+        return False, "gpu", f"torch is there and cannot be imported ({type(error).__name__}: {error})"
     return None, "gpu", torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none; the CPU records as well"

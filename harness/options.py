@@ -1,12 +1,17 @@
-"""What a user may choose for a run, and the defaults."""
+"""What a user may choose for a run, the defaults, and bad choices as one sentence."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.bounds import BOUNDS
 from harness.cases import CASES
+from harness.errors import HarnessError
 from harness.policy import POLICY
 
 OURS = "harness.graph.reference:factory"
@@ -35,3 +40,25 @@ class Options:
     grid: tuple[int, int] = (28, 28)
     context: int = 512
     timeout_s: float = 900.0
+
+
+def factory_of(graph: str) -> Callable[..., Any]:
+    """The factory that `module:factory` names. Raises HarnessError where it cannot be imported or called."""
+    module, _, name = graph.partition(":")
+    where, fix = f"--graph {graph}", "give module:factory, with the module on PYTHONPATH"
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # the module is someone else's: importing it may raise anything, or exit
+        raise HarnessError(f"cannot be imported ({type(error).__name__}: {error})", where=where, fix=fix) from error
+    if not callable(factory):
+        raise HarnessError(f"is a {type(factory).__name__}, not a function", where=where, fix=fix)
+    return factory
+
+
+@contextmanager
+def readable(place: object) -> Iterator[None]:
+    """A file from elsewhere may hold a value of another type than its reader expects: HarnessError, never a crash."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise HarnessError(f"holds a value of the wrong type ({error})", where=place) from error

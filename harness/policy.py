@@ -73,6 +73,11 @@ def policy_from(table: dict[str, Any]) -> Policy:
     if unknown or missing:
         raise HarnessError(f"unknown key {unknown[0]!r}" if unknown else f"{missing[0]} is missing",
                            fix=f"a policy has exactly {', '.join(sorted(names))}")
+    for key, value in table.items():
+        good = {"name": isinstance(value, str), "min_cases": type(value) is int and value >= 1}
+        if not good.get(key, isinstance(value, list) and all(isinstance(part, str) for part in value)):
+            kind = {"name": "a text", "min_cases": "a whole number above 0"}.get(key, "a list of texts")
+            raise HarnessError(f"{value!r} is not {kind}", where=key)
     strange = sorted(set(table["allow_skip"]) - set(NAMES))
     if strange:
         raise HarnessError(f"no rung is called {strange[0]!r}", where="allow_skip", fix=f"the rungs are {', '.join(NAMES)}")

@@ -101,8 +101,12 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
         found = record.get("schema") if isinstance(record, Mapping) else type(record).__name__
         raise HarnessError(f"run record of schema {found!r}, this tool reads {SCHEMA}", where="run.json",
                            fix="render it with the version that wrote it")
+    plain_run = Run(tool={}, machine={})
     try:
         known = {name: record[name] for name in Run.__dataclass_fields__}
+        wrong = [name for name, value in known.items() if not isinstance(value, type(getattr(plain_run, name)))]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is a {type(known[wrong[0]]).__name__}")
         known["verdicts"] = [Verdict.from_record(row) for row in known["verdicts"]]
         known["timings"] = [(step, float(seconds)) for step, seconds in known["timings"]]
         return Run(**known)
@@ -111,21 +115,37 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
                            fix="run the gate again") from error
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write text whole or not at all. Raises HarnessError where the disk has no room or the folder cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files together: all are on the disk before the first takes its place, so what was there stays if one fails.
+
+    Raises HarnessError where the disk has no room or the folder cannot be written.
+    """
+    drafts = {folder / f".{name}.{os.getpid()}": folder / name for name in texts}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for draft, text in zip(drafts, texts.values()):
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+        for draft, path in drafts.items():
+            os.replace(draft, path)
     except OSError as error:
-        raise HarnessError(f"cannot be written ({error.strerror})", where=path,
+        raise HarnessError(f"cannot be written ({error.strerror or error})", where=folder / next(iter(texts)),
                            fix="free some disk or choose another folder") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for draft in drafts:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write text whole or not at all; see `write_files`."""
+    write_files(path.parent, {path.name: text})
+
+
+def json_text(value: Any) -> str:
+    """Sorted, indented JSON. Raises ValueError for non-finite numbers."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of sorted, indented JSON; refuses non-finite numbers."""
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    """`write_atomic` of `json_text`."""
+    write_atomic(path, json_text(value))

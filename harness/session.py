@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, Undecided, within
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
-from harness.run import Run, machine, write_atomic, write_json
+from harness.options import factory_of
+from harness.run import Run, json_text, machine, write_atomic, write_files
+from harness.store import Oracle
 from harness.subject import Subject
 from harness.trace import decoder_seams
 from harness.verdict import Outcome, Verdict
 from harness.zoom import localize
 
 Progress = Callable[[str, str, int, int], None]
+
+
+def check_given(subject: Subject) -> None:
+    """Open everything that the user gave, before any work: what is bad input then ends the run with one sentence.
+
+    Raises HarnessError for whatever cannot be read, does not belong to the checkpoint, or was changed since it was made.
+    """
+    options = subject.options
+    _ = subject.checkpoint, subject.cases, subject.bounds, subject.policy, factory_of(options.graph)
+    if options.work.exists() and not options.work.is_dir():
+        raise HarnessError("is no directory", where=options.work, fix="give another --out")
+    if options.bundle is not None and subject.bundle.vocab_size != subject.geometry.vocab:
+        raise HarnessError(f"its vocab_size is {subject.bundle.vocab_size}, the checkpoint's {subject.geometry.vocab}",
+                           where=options.bundle, fix="give the checkpoint that the bundle was made from")
+    _ = options.vision_bundle and subject.vision_bundle
+    if options.oracle is not None:
+        with within(options.oracle):
+            for name in subject.cases:
+                recorded = subject.recorded(name)
+                _ = recorded.inputs, recorded.rollout, recorded.load(recorded.seams)
 
 
 def climb_all(subject: Subject, run: Run, names: Sequence[str] = NAMES,
@@ -25,7 +48,8 @@ def climb_all(subject: Subject, run: Run, names: Sequence[str] = NAMES,
 
     if "tokens" in names or "engine" in names:
         with run.timed("prepare engine"):
-            subject.start_engine()
+            with suppress(Undecided):  # the rungs that need the engine say why there is none; the others still judge
+                subject.start_engine()
     for name in names:
         plan = _plan(subject, run, name)
         with run.timed(f"rung {name}"):
@@ -45,8 +69,11 @@ def _plan(subject: Subject, run: Run, name: str) -> Sequence[str]:
     try:
         return list(CHECKS[name].plan(subject))
     except HarnessError as error:
-        run.verdicts.append(Verdict(name, "*", "*", Outcome.ERROR, str(error)))
-        return []
+        reason = str(error)
+    except Exception as error:  # what is under test may break here too
+        reason = f"its plan crashed with {type(error).__name__}: {error}"
+    run.verdicts.append(Verdict(name, "*", "*", Outcome.ERROR, reason))
+    return []
 
 
 def describe(subject: Subject, run: Run) -> None:
@@ -56,17 +83,18 @@ def describe(subject: Subject, run: Run) -> None:
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
                    "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
-                   "oracle": _try(lambda: {"digest": subject.oracle.digest, "identity": subject.oracle.identity.record()}),
+                   "oracle": _try(lambda: oracle_row(subject.oracle)),
                    "bundle": None, "vision_bundle": None}
     # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
-    if subject.has_bundle:
+    if subject.shipped.there:
         run.subject |= {"bundle": _try(lambda: subject.bundle.record()),
                         "vision_bundle": _try(lambda: subject.vision_bundle and subject.vision_bundle.record())}
-    facts = _try(lambda: subject.engine_facts) if subject.engine_started else {}
-    facts = facts or {}
-    run.engine = {"name": facts.get("name"), "version": facts.get("runtime"), "platform": facts.get("platform"),
+    started = subject.shipped.started
+    engine = _try(lambda: subject.shipped.engine) if started else None
+    facts = engine.facts if engine else {}
+    run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"), "platform": facts.get("platform"),
                   "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
-    run.speed = _try(lambda: speed(subject)) or {} if subject.engine_started else {}
+    run.speed = _try(lambda: speed(subject)) or {} if started else {}
     run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
     rows = {"tokens": token_rows, "heat": heat_rows}
     judged = {"tokens": "tokens", "heat": "decoder"}
@@ -77,6 +105,13 @@ def describe(subject: Subject, run: Run) -> None:
     run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
                     "stored": verdict.figures.get("stored"), "error": verdict.value}
                    for verdict in run.of("weights")]
+
+
+def oracle_row(oracle: Oracle) -> dict[str, Any]:
+    """Digest of the oracle, and what it was recorded with; its checkpoint is named beside it."""
+    identity = oracle.identity.record()
+    kept = ("revision", "device", "attention", "dtype", "transformers", "torch")
+    return {"digest": oracle.digest, "identity": {name: identity[name] for name in kept}}
 
 
 def speed(subject: Subject) -> dict[str, Any]:
@@ -90,7 +125,7 @@ def speed(subject: Subject) -> dict[str, Any]:
     table = 2 * geometry.hidden * (geometry.vocab - 1) if not geometry.tied else 0
     known = ("prefill_tok_s", "decode_tok_s", "cold_load_s", "warm_load_s", "vision_s", "peak_rss_bytes")
     return {**{name: facts.get(name) for name in known}, "case": case, "bundle_bytes": bundle.size,
-            "bytes_per_token": (bundle.asset / "main.mlirb").stat().st_size - table, "engine": subject.engine_facts["name"],
+            "bytes_per_token": (bundle.asset / "main.mlirb").stat().st_size - table, "engine": subject.shipped.engine.name,
             "machine": machine()}
 
 
@@ -148,23 +183,26 @@ def heat_rows(subject: Subject, name: str) -> dict[str, Any]:
 
 
 def write(run: Run, subject: Subject, folder: Path) -> Decision:
-    """Write run.json, certificate.json, report.md and report.html into `folder`; each whole or not at all."""
+    """Write run.json, certificate.json, report.md and report.html into `folder`, all or none."""
     from harness.report import render_html, render_markdown
 
     decision = fold(run.verdicts, subject.policy)
     record, signed = run.record(), certificate(run, subject.policy)
-    write_json(folder / "run.json", record)
-    write_json(folder / "certificate.json", signed)
-    write_atomic(folder / "report.md", render_markdown(record, signed))
-    write_atomic(folder / "report.html", render_html(record, signed))
+    write_files(folder, {"run.json": json_text(record), "certificate.json": json_text(signed),
+                         "report.md": render_markdown(record, signed), "report.html": render_html(record, signed)})
     return decision
 
 
 def read_report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and certificate.json of a report folder. Raises HarnessError where one is missing or no JSON."""
+    """run.json and certificate.json of a report folder. Raises HarnessError where one is missing or no JSON object."""
     from harness.checkpoint import read_json
 
-    return read_json(folder / "run.json"), read_json(folder / "certificate.json")
+    found = []
+    for path in (folder / "run.json", folder / "certificate.json"):
+        found.append(read_json(path))
+        if not isinstance(found[-1], dict):
+            raise HarnessError("must be a JSON object", where=path, fix="run the gate again")
+    return found[0], found[1]
 
 
 def rerender(folders: Sequence[Path], *, card: bool = False, index: Path | None = None) -> str:
@@ -188,6 +226,5 @@ def rerender(folders: Sequence[Path], *, card: bool = False, index: Path | None 
     record, signed = read_report(folders[0])
     if card:
         return render_card(record, signed)
-    write_atomic(folders[0] / "report.html", render_html(record, signed))
-    write_atomic(folders[0] / "report.md", render_markdown(record, signed))
+    write_files(folders[0], {"report.html": render_html(record, signed), "report.md": render_markdown(record, signed)})
     return f"rendered {folders[0] / 'report.html'}"

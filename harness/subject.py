@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -15,15 +14,15 @@ from harness.bounds import Bounds, load_bounds
 from harness.cases import Case, load_cases
 from harness.checkpoint import Checkpoint, Geometry, open_checkpoint, read_json
 from harness.errors import HarnessError, Undecided
-from harness.options import Options
+from harness.options import Options, factory_of, readable
 from harness.policy import Policy, load_policy
+from harness.shipped import Shipped
 from harness.store import Oracle, OracleCase
 from harness.trace import Trace, decoder_seams, vision_seams
 
 if TYPE_CHECKING:
-    from harness.background import EngineJob, ExportJob
     from harness.bundle import Bundle
-    from harness.engines import Engine
+    from harness.engines import Request
     from harness.host import Preprocessing
     from harness.engines.torch_graph import TorchGraph
     from harness.graph.protocol import Conversion
@@ -57,7 +56,8 @@ class Subject:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint under conversion."""
-        return open_checkpoint(self.options.checkpoint, self.options.revision)
+        with readable(self.options.checkpoint):
+            return open_checkpoint(self.options.checkpoint, self.options.revision)
 
     @property
     def geometry(self) -> Geometry:
@@ -67,17 +67,20 @@ class Subject:
     @cached_property
     def cases(self) -> dict[str, Case]:
         """Cases by name."""
-        return {case.name: case for case in load_cases(self.options.cases)}
+        with readable(self.options.cases):
+            return {case.name: case for case in load_cases(self.options.cases)}
 
     @cached_property
     def bounds(self) -> Bounds:
         """Bounds in force."""
-        return load_bounds(self.options.bounds)
+        with readable(self.options.bounds):
+            return load_bounds(self.options.bounds)
 
     @cached_property
     def policy(self) -> Policy:
         """Policy in force."""
-        return load_policy(self.options.policy)
+        with readable(self.options.policy):
+            return load_policy(self.options.policy)
 
     @cached_property
     def oracle(self) -> Oracle:
@@ -160,13 +163,7 @@ class Subject:
     @kept
     def conversion(self, grid: tuple[int, int]) -> Conversion:
         """The graph under test for one grid, in float32."""
-        module, _, name = self.options.graph.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise HarnessError(f"cannot be imported ({error})", where=f"--graph {self.options.graph}",
-                               fix="give module:factory, with the module on PYTHONPATH") from error
-        return factory(self.checkpoint.root, grid)
+        return factory_of(self.options.graph)(self.checkpoint.root, grid)
 
     def graph(self, case: str, **settings: Any) -> TorchGraph:
         """The engine that runs the graph under test on a case's grid."""
@@ -187,29 +184,27 @@ class Subject:
     # The bundle under test, and its twin.
 
     @cached_property
-    def _export(self) -> ExportJob:
-        from harness.background import ExportJob
-
-        chosen = ["--mode", self.mode, "--grid", "x".join(map(str, self.options.grid)), "--context", str(self.options.context)]
-        return ExportJob([*([self.options.checkpoint] if self.options.checkpoint else []), *chosen],
-                         self.options.work / "bundles")
+    def shipped(self) -> Shipped:
+        """The bundle that is given, or that our export makes, on its engine."""
+        mode = "" if self.options.bundle else self.mode
+        return Shipped(self.options, self.geometry, mode, self._engine_requests)
 
     @cached_property
+    def sharp(self) -> Shipped | None:
+        """Our export's twin with float32 activations; None where the bundle is not ours."""
+        if self.options.bundle is not None:
+            return None
+        return Shipped(self.options, self.geometry, self.mode, self._engine_requests, "fp32")
+
+    @property
     def bundle(self) -> Bundle:
-        """The bundle given, or one exported into the work folder."""
-        from harness.bundle import Bundle
+        """The bundle under test."""
+        return self.shipped.bundle
 
-        return Bundle.open(self.options.bundle or Path(self._export.result()["decoder"]))
-
-    @cached_property
+    @property
     def vision_bundle(self) -> Bundle | None:
-        """The vision bundle that goes with it: given, exported, or None."""
-        from harness.bundle import VISION, Bundle
-
-        path = self.options.vision_bundle
-        if path is None and self.options.bundle is None:
-            path = Path(self._export.result()["vision"])
-        return Bundle.open(path, VISION) if path else None
+        """The vision bundle that goes with it, or None."""
+        return self.shipped.vision
 
     @property
     def mode(self) -> str:
@@ -258,67 +253,34 @@ class Subject:
     # The engine, in the background: `start_engine` returns at once.
 
     def start_engine(self) -> None:
-        """Begin the export and, as soon as that is done, the runs of the bundle."""
-        if self.options.bundle is None:
-            _ = self._export
-        _ = self._engine_job
+        """Begin the exports and, as soon as they are done, the runs of the bundles."""
+        for bundle in filter(None, (self.shipped, self.sharp)):
+            bundle.start()
 
-    @cached_property
-    def _engine_job(self) -> EngineJob:
-        from harness.background import EngineJob
+    @kept
+    def _engine_requests(self) -> dict[str, Request]:
+        """What the engine runs; computed here, because the memory of a Subject is not shared between threads."""
         from harness.engines import Request
 
-        def request(case: str) -> Request:
-            return Request(self.recorded(case).inputs, forced=self.twin_tokens(case),
-                           seams=frozenset((*vision_seams(self.geometry), *decoder_seams(self.geometry))), kv=True)
-
-        # What the requests need is computed here: the memory of a Subject is not shared between threads.
-        requests = {case: request(case) for case in self.engine_cases()}
-        return EngineJob(self._make_engine, requests)
-
-    def _make_engine(self) -> Engine:
-        from harness.engines.coreai import CoreAIEngine
-
-        index = self.bundle.path.with_name(self.bundle.path.name + ".seams.json")
-        return CoreAIEngine(self.bundle.asset, self.vision_bundle.asset if self.vision_bundle else None,
-                            geometry=self.geometry, grid=self.options.grid, context=self.bundle.max_context_length,
-                            seam_index=index if index.exists() else None, timeout_s=self.options.timeout_s)
+        seams = frozenset((*vision_seams(self.geometry), *decoder_seams(self.geometry)))
+        return {case: Request(self.recorded(case).inputs, forced=self.twin_tokens(case), seams=seams, kv=True)
+                for case in self.engine_cases()}
 
     def engine_trace(self, case: str) -> Trace:
         """What the bundle computed for a case. Raises Undecided where the runtime did not get that far."""
-        return self._engine_job.trace(case)
-
-    @property
-    def has_bundle(self) -> bool:
-        """Whether there is a bundle without making one now."""
-        return self.options.bundle is not None or "_export" in self.__dict__
-
-    @property
-    def engine_started(self) -> bool:
-        """Whether the engine was asked for."""
-        return "_engine_job" in self.__dict__
-
-    @property
-    def engine_facts(self) -> dict[str, Any]:
-        """Name, versions and platform of the engine that judged."""
-        self.engine_trace(self.engine_cases()[0])
-        return {"name": self._engine_job.engine.name, **self._engine_job.engine.facts}
-
-    @property
-    def engine_seams(self) -> frozenset[str]:
-        """Seams that the engine promises to read."""
-        self.engine_trace(self.engine_cases()[0])
-        return self._engine_job.engine.seams()
+        return self.shipped.trace(case)
 
     @property
     def engine_key(self) -> str:
-        """What the bounds of the engine rung belong to: engine, mode and width."""
-        return f"{self.engine_facts['name']}:{self.mode}:h{self.geometry.hidden}"
+        """What the bounds of the engine and tokens rungs belong to."""
+        self.shipped.mode = self.mode
+        return self.shipped.key
 
     def close(self) -> None:
         """End what still runs in the background."""
-        if "_export" in self.__dict__:
-            self._export.stop()
+        for name in ("shipped", "sharp"):
+            if self.__dict__.get(name) is not None:
+                self.__dict__[name].stop()
 
 
 def recorded_folder(checkpoint: Checkpoint, device: str = "cpu") -> Path:

@@ -100,6 +100,9 @@ def _tokens(case: Case, checkpoint: Checkpoint, grid: tuple[int, int, int] | Non
     ids = np.asarray(tokenizer(text.replace(IMAGE_PAD, IMAGE_PAD * count))["input_ids"], dtype=np.int32)
     if ids.size == 0:
         raise HarnessError("the prompt is empty", fix="write some text")
+    if ids.max() >= checkpoint.geometry.vocab:
+        raise HarnessError(f"token id {ids.max()} is outside the vocabulary of {checkpoint.geometry.vocab}",
+                           fix="tokenizer and config.json do not belong together")
     if int((ids == checkpoint.geometry.image_token).sum()) != count:
         raise HarnessError(f"the tokenizer does not make {count} ids {checkpoint.geometry.image_token} of {IMAGE_PAD}",
                            fix="tokenizer and config.json do not belong together")

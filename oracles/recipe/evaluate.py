@@ -48,7 +48,8 @@ def caption_inputs(tokenizer, processor, pictures):
     }
 
 
-def _spread(margins):
+def spread(margins):
+    """Figures of a list of margin tensors."""
     values = torch.cat(margins)
     return {
         "positions": values.numel(),
@@ -81,7 +82,7 @@ def captions(model, tokenizer, processor, options):
         "scenes": options.scenes, "size": [options.width, options.height],
         "exact": exact, "exact_percent": round(100 * exact / options.scenes, 2),
         "tokens_smallest": lengths[0], "tokens_median": lengths[len(lengths) // 2], "tokens_largest": lengths[-1],
-        **_spread(margins), "wrong": wrong[:5],
+        **spread(margins), "wrong": wrong[:5],
     }
 
 
@@ -97,7 +98,7 @@ def continuations(model, tokenizer, count=64, limit=32):
         said, gap = greedy(model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, limit)
         exact += said[0].tolist() == ids[300 : 300 + limit]
         margins.append(gap[0].cpu())
-    return {"texts": count, "prompt_tokens": 300, "new_tokens": limit, "exact": exact, **_spread(margins)}
+    return {"texts": count, "prompt_tokens": 300, "new_tokens": limit, "exact": exact, **spread(margins)}
 
 
 def spreads(directory):

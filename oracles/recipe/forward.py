@@ -40,6 +40,10 @@ def _rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
+def _working_type(device):
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
 def vision(tower, image):
     """Image tokens and the deepstack taps of (N, 3, H, W) uint8 pictures."""
     embed = tower.patch_embed.proj
@@ -47,7 +51,7 @@ def vision(tower, image):
     kernel = embed.weight.sum(2).flatten(1)
     n, h, w = image.shape[0], image.shape[2] // PATCH, image.shape[3] // PATCH
     patches = image.view(n, 3, h // 2, 2, PATCH, w // 2, 2, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    patches = patches.reshape(n, h * w, 3 * PATCH * PATCH).to(torch.get_autocast_dtype(image.device.type) if torch.is_autocast_enabled(image.device.type) else torch.float32)
+    patches = patches.reshape(n, h * w, 3 * PATCH * PATCH).to(_working_type(image.device.type))
     hidden = functional.linear(patches / 127.5 - 1, kernel, embed.bias).float() + _resampled(tower, h, w)
     heads = tower.blocks[0].attn.num_heads
     cos, sin = _rotary(h, w, hidden.shape[-1] // heads, image.device)

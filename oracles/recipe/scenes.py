@@ -109,15 +109,19 @@ def _relation(thing, other):
     return "right of" if column > other_column else "left of"
 
 
+def questions(scene, thing):
+    """Every question about one thing of the scene, by what it asks for, with its answer."""
+    return {
+        "colour": (f"What colour is the {thing.shape}?", f"The {thing.shape} is {thing.colour}."),
+        "place": (f"Where is the {thing.shape}?", f"The {thing.shape} is {PLACES[thing.cell]}."),
+        "size": (f"How large is the {thing.shape}?", f"The {thing.shape} is {thing.size}."),
+        "background": ("What colour is the background?", f"The background is {scene.background}."),
+    }
+
+
 def question(scene, rng):
     """A random question about the scene and its answer."""
-    thing = rng.choice(scene.things)
-    return rng.choice((
-        (f"What colour is the {thing.shape}?", f"The {thing.shape} is {thing.colour}."),
-        (f"Where is the {thing.shape}?", f"The {thing.shape} is {PLACES[thing.cell]}."),
-        (f"How large is the {thing.shape}?", f"The {thing.shape} is {thing.size}."),
-        ("What colour is the background?", f"The background is {scene.background}."),
-    ))
+    return rng.choice(tuple(questions(scene, rng.choice(scene.things)).values()))
 
 
 def parameters(scene):

@@ -120,7 +120,8 @@ def main():
             print(f"step {step} talk {talk.item():.4f} text {text.item():.4f} {time.time() - began:.0f} s", flush=True)
             save(model, options.out)
     save(model, options.out)
-    print(f"{step + 1} steps, {time.time() - began:.0f} s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{step + 1} steps, {time.time() - began:.0f} s, {memory:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":
