@@ -82,7 +82,8 @@ class EngineJob:
     def trace(self, case: str) -> Trace:
         """Wait for a case. Raises HarnessError where the engine did not get that far, with its reason."""
         with self._changed:
-            self._changed.wait_for(lambda: case in self._traces or not self._thread.is_alive() or self._error)
+            self._changed.wait_for(lambda: case in self._traces or case in self._refused or self._error
+                                   or not self._thread.is_alive())
             if case in self._traces:
                 return self._traces[case]
         raise self._refused.get(case) or self._error or Undecided("the engine gave no trace", where=case)

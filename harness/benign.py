@@ -1,7 +1,7 @@
 """Healthy variations of a conversion: the same mathematics in another order. What they differ by is noise, not fault.
 
-Each is a function that changes a freshly loaded `Reference` in place; its docstring says what is varied, and stands in
-the `because` of the bounds that were set from it.
+Each is a function that changes a freshly loaded `Reference` in place; its name stands in the `because` of the bounds that
+were set from it.
 """
 
 from __future__ import annotations

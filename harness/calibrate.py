@@ -56,8 +56,7 @@ def calibrate(subject: Subject, progress: Callable[[str, int, int], None] = lamb
     for mode in (subject.mode,) if given else RECIPES:
         progress(f"bundle {mode}", len(VARIATIONS), len(VARIATIONS) + 1)
         _bundle(subject, mode, samples)
-    words = "; ".join(variation.__doc__ for variation in VARIATIONS.values())
-    graph = f"healthy variations ({words})"
+    graph = f"healthy variations ({', '.join(name.replace('_', ' ') for name in VARIATIONS)})"
     # The last bound that covers a seam wins, so the broader pattern of a family stands before the narrower.
     ordered = sorted(samples.items(), key=lambda row: (NAMES.index(row[0][0]), len(row[0][2].split("@")[0])))
     return [_bound(key, values, graph, len(subject.cases)) for key, values in ordered] + [_headroom()]

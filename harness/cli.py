@@ -163,7 +163,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
         Path("reports") / f"{subject.checkpoint.name}-{bundle.resolve().name if bundle else subject.mode}"
     subject.options = replace(subject.options, work=folder)
     session.check_given(subject)
-    run = Run(command=shlex.join(["harness", *sys.argv[1:]]))
+    run = Run(command=arguments.command)
     whole = list(names) == list(_all_rungs())
     try:
         with Screen(quiet=arguments.json) as screen:
@@ -193,12 +193,12 @@ def _part(run: Any, policy: Any) -> int:
 
 
 def _record(arguments: Arguments) -> int:
-    from harness.oracle import record
+    subject = subject_of(arguments)
+    checkpoint, cases = subject.checkpoint, list(subject.cases.values())
+    from harness.oracle import record  # heavy, so what can be refused is refused before
     from harness.subject import recorded_folder
     from harness.terminal import Screen
 
-    subject = subject_of(arguments)
-    checkpoint, cases = subject.checkpoint, list(subject.cases.values())
     inside = _layers(arguments.inside, max(checkpoint.geometry.layers, checkpoint.geometry.vision_layers))
     folder = arguments.out or recorded_folder(checkpoint, arguments.device)
     with Screen() as screen:
@@ -219,10 +219,10 @@ def _layers(text: str | None, count: int) -> frozenset[int] | str | None:
 
 
 def _export(arguments: Arguments) -> int:
-    from harness.export import export
+    checkpoint = subject_of(arguments).checkpoint
+    from harness.export import export  # heavy, so what can be refused is refused before
     from harness.terminal import Screen
 
-    checkpoint = subject_of(arguments).checkpoint
     with Screen(quiet=arguments.json) as screen:
         result = export(checkpoint, arguments.out, arguments.mode, grid=arguments.grid, context=arguments.context,
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
@@ -245,7 +245,7 @@ def _calibrate(arguments: Arguments) -> int:
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()
-    write_atomic(arguments.out, to_toml(bounds, shlex.join(["harness", *sys.argv[1:]])))
+    write_atomic(arguments.out, to_toml(bounds, arguments.command))
     print(f"{len(bounds)} bounds written to {arguments.out}")
     return ExitCode.PASS
 
@@ -312,6 +312,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; whatever goes wrong is one sentence on stderr and a documented exit code, never a stack trace."""
     arguments = parser().parse_args(argv)
+    arguments.command = shlex.join(["harness", *(sys.argv[1:] if argv is None else argv)])
     try:
         with _killed_as_interrupted():
             return int(VERBS[arguments.verb].run(arguments))

@@ -16,6 +16,8 @@ from harness.run import Run, run_from_record
 from harness.verdict import Outcome, Verdict, exit_code, worst
 
 SCHEMA = 1
+_WORDED = {"schema", "tool", "created", "subject", "engine", "policy"}
+"""Parts of a record that the certificate holds in words; of everything else it holds a digest."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,13 @@ def _why(outcome: Outcome, rungs: Iterable[RungResult]) -> str:
 
 
 def certificate(run: Run, policy: Policy) -> dict[str, Any]:
-    """What was decided, bound by digests to checkpoint, oracle, cases, bundle, policy, bounds and every verdict."""
+    """What was decided, bound by digests to checkpoint, oracle, cases, bundle, policy, bounds, every verdict and figure."""
     decision = fold(run.verdicts, policy)
     record = run.record()
     body = {
         "schema": SCHEMA, "tool": run.tool, "created": run.created, "subject": record["subject"],
         "engine": record["engine"], "policy": {"name": policy.name, "digest": policy.digest},
-        "digests": {key: digest_of(record[key]) for key in ("bounds", "verdicts", "cases")},
+        "digests": {key: digest_of(value) for key, value in sorted(record.items()) if key not in _WORDED},
         "outcome": decision.outcome.value, "reason": decision.reason,
         "rungs": {rung.rung: rung.outcome.value for rung in decision.rungs},
     }

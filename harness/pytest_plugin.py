@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harness.errors import HarnessError
-from harness.verdict import Outcome, Verdict
+from harness.verdict import Outcome, Verdict, worst
 
 OPTIONS = {"checkpoint": "HF model directory or hub id (default: the embedded tiny one)",
            "graph": "torch graph under test, module:factory", "bundle": "LanguageBundle under test",
@@ -30,6 +30,9 @@ class Judged:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self.planned = False
+        self.asserted = 0
+        """Verdicts that a test stood for: what was skipped does not count."""
         self._done: dict[tuple[str, str], list[Verdict]] = {}
 
     @cached_property
@@ -59,6 +62,11 @@ class Judged:
             self.run.verdicts += self._done[rung, case]
         return self._done[rung, case]
 
+    def close(self) -> None:
+        """End what still runs in the background."""
+        if "subject" in self.__dict__:
+            self.subject.close()
+
 
 _JUDGED = pytest.StashKey[Judged]()
 
@@ -84,6 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from harness.rungs import CHECKS
 
+    judged(metafunc.config).planned = True
     try:
         plan = CHECKS[rung].plan(judged(metafunc.config).subject)
     except HarnessError as error:
@@ -94,19 +103,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def verdict(request: pytest.FixtureRequest) -> Verdict:
-    """The verdict of this test's rung, case and seam."""
+    """The verdict of this test's rung, case and seam; the worst, should there be several."""
     rung, case, seam = request.param
-    return next(found for found in judged(request.config).verdicts(rung, case) if found.seam == seam)
+    found = [one for one in judged(request.config).verdicts(rung, case) if one.seam == seam]
+    last = worst(one.outcome for one in found)
+    return next(one for one in found if one.outcome is last)
 
 
 @pytest.fixture
 def holds(request: pytest.FixtureRequest) -> Any:
     """`holds(verdict)`: passes on PASS, skips where the policy allows the SKIP, fails on everything else."""
     def check(verdict: Verdict) -> None:
-        if verdict.outcome is Outcome.PASS:
-            return
         if judged(request.config).subject.policy.excuses(verdict):
             pytest.skip(verdict.reason)
+        judged(request.config).asserted += 1
+        if verdict.outcome is Outcome.PASS:
+            return
         cause = f"\nprobable cause: {verdict.cause}" if verdict.cause else ""
         pytest.fail(f"{verdict.outcome.value} {verdict.id}: {verdict.reason}{cause}", pytrace=False)
     return check
@@ -115,21 +127,50 @@ def holds(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def session_run(request: pytest.FixtureRequest) -> Iterator[Judged]:
     """The whole run, for the gate that folds it."""
+    judged(request.config).asserted += 1
     yield judged(request.config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Tool commit, digests, graph, bundle and policy; only where ladders are run."""
+    """Tool commit, digests, graph, bundle, engine and policy; only where ladders are run."""
     if not any("ladders" in str(argument) for argument in config.args):
         return []
-    from harness.run import tool
-
     try:
-        subject = judged(config).subject
-        checkpoint, policy = subject.checkpoint, subject.policy
-        bundle = subject.options.bundle or f"exported now, {subject.mode}"
-        return [f"harness {tool()['version']} at {tool()['commit']}, policy {policy.name} ({policy.digest[:12]})",
-                f"checkpoint {checkpoint.name} ({checkpoint.digest[:12]}), graph {subject.options.graph}",
-                f"bundle {bundle}, oracle {subject.options.oracle or 'recorded here'}"]
+        return _header(judged(config).subject)
     except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def _header(subject: Any) -> list[str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from harness.run import tool
+    from harness.session import check_given
+
+    check_given(subject)
+    options, made, policy, checkpoint = subject.options, tool(), subject.policy, subject.checkpoint
+    bundle = f"{options.bundle} ({subject.bundle.digest[:12]})" if options.bundle else f"exported now, {subject.mode}"
+    oracle = f"{options.oracle} ({subject.oracle.digest[:12]})" if options.oracle else "recorded here"
+    try:
+        engine = f"Core AI {version('coreai-core')}"
+    except PackageNotFoundError:
+        engine = "none: coreai-core is missing"
+    return [f"harness {made['version']} at {made['commit']}, policy {policy.name} ({policy.digest[:12]})",
+            f"checkpoint {checkpoint.name} ({checkpoint.digest[:12]}), graph {options.graph}",
+            f"bundle {bundle}, oracle {oracle}",
+            f"engine {engine}, {platform.system()} {platform.machine()}"]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run of the ladder in which no verdict was asserted (all skipped, nothing planned) is no success."""
+    run = session.config.stash.get(_JUDGED, None)
+    if run and run.planned and not run.asserted and exitstatus == pytest.ExitCode.OK \
+            and not session.config.getoption("collectonly"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what still runs in the background, also after a Ctrl-C."""
+    if _JUDGED in config.stash:
+        config.stash[_JUDGED].close()

@@ -83,7 +83,7 @@ def describe(subject: Subject, run: Run) -> None:
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
                    "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
-                   "oracle": _try(lambda: oracle_row(subject.oracle)),
+                   "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
                    "bundle": None, "vision_bundle": None}
     # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
     if subject.shipped.there:
@@ -95,7 +95,8 @@ def describe(subject: Subject, run: Run) -> None:
     run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"), "platform": facts.get("platform"),
                   "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
     run.speed = _try(lambda: speed(subject)) or {} if started else {}
-    run.cases = [row for name in subject.cases if (row := _try(lambda name=name: case_row(subject, name)))]
+    run.cases = [row for name in subject.cases
+                 if subject.has_oracle and (row := _try(lambda name=name: case_row(subject, name)))]
     rows = {"tokens": token_rows, "heat": heat_rows}
     judged = {"tokens": "tokens", "heat": "decoder"}
     for field, make in rows.items():

@@ -22,9 +22,12 @@ from harness.trace import Trace, decoder_seams, vision_seams
 
 if TYPE_CHECKING:
     from harness.bundle import Bundle
+    from harness.cases import FrozenInputs
     from harness.engines import Request
+    from harness.engines.program import Program
     from harness.host import Preprocessing
     from harness.engines.torch_graph import TorchGraph
+    from harness.graph.contract import HostInputs
     from harness.graph.protocol import Conversion
     from harness.graph.reference import Reference
 
@@ -93,6 +96,11 @@ class Subject:
                       device=self.options.device,
                       progress=lambda what, done, total: self.progress("record", done, total))
 
+    @property
+    def has_oracle(self) -> bool:
+        """Whether there is an oracle without recording one now."""
+        return self.options.oracle is not None or "oracle" in self.__dict__
+
     @kept
     def recorded(self, case: str) -> OracleCase:
         """What the oracle holds of a case. Raises HarnessError where it lacks it or the case has changed since."""
@@ -158,12 +166,29 @@ class Subject:
         """Names of the cases that the bundle runs too."""
         return [name for name, case in self.cases.items() if case.engine]
 
+    # The host under test.
+
+    def made_inputs(self, case: str) -> FrozenInputs:
+        """What the host under test makes of a case."""
+        from harness.host import host_inputs_for
+
+        return host_inputs_for(self.cases[case], self.tokenizer, self.preprocessing)
+
+    @property
+    def host(self) -> Callable[..., HostInputs]:
+        """Its part of the contract: `harness.graph.contract.host_inputs`."""
+        from harness.graph.contract import host_inputs
+
+        return host_inputs
+
     # The graph under test.
 
     @kept
     def conversion(self, grid: tuple[int, int]) -> Conversion:
         """The graph under test for one grid, in float32."""
-        return factory_of(self.options.graph)(self.checkpoint.root, grid)
+        from harness.graph.protocol import accepted
+
+        return accepted(factory_of(self.options.graph)(self.checkpoint.root, grid), self.geometry)
 
     def graph(self, case: str, **settings: Any) -> TorchGraph:
         """The engine that runs the graph under test on a case's grid."""
@@ -205,6 +230,15 @@ class Subject:
     def vision_bundle(self) -> Bundle | None:
         """The vision bundle that goes with it, or None."""
         return self.shipped.vision
+
+    @kept
+    def programs(self) -> tuple[Program, ...]:
+        """Constants and attributes of both programs, decoder first. Raises Undecided without a vision bundle."""
+        from harness.engines.program import read_constants
+
+        if self.vision_bundle is None:
+            raise Undecided("no vision bundle was given, so its weights cannot be audited", fix="give --vision-bundle")
+        return tuple(read_constants(bundle.asset) for bundle in (self.bundle, self.vision_bundle))
 
     @property
     def mode(self) -> str:

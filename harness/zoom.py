@@ -111,10 +111,12 @@ def _inside(subject: Subject, culprit: Verdict, inside: Sequence[str]) -> list[V
 
 
 def inside_trace(subject: Subject, case: str, seam: str) -> Trace:
-    """The oracle recorded once more for one case, with the inside of the layer that `seam` belongs to."""
+    """The oracle with the inside of the layer that `seam` belongs to; recorded once more for one case where it lacks it."""
     from harness.oracle import record
 
-    layer = layer_of(seam)
+    layer, recorded = layer_of(seam), subject.recorded(case)
+    if any(name.startswith(seam + ".") and not name.endswith(".deepstack") for name in recorded.seams):
+        return recorded.trace
     with tempfile.TemporaryDirectory(prefix="harness-zoom-") as folder:
         oracle = record(subject.checkpoint, [subject.cases[case]], Path(folder) / "oracle",
                         device=subject.options.device, inside="all" if layer is None else frozenset({layer}))

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors quiet", "metrics sketch verdict", "trace checkpoint", "cases bundle", "graph.contract", "store host graph",
+ORDER = ["errors quiet", "metrics verdict", "trace checkpoint", "cases bundle", "graph.contract", "store host graph",
          "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run", "gate", "options", "background", "shipped", "benign",
          "subject", "rungs", "zoom report calibrate", "session", "terminal doctor", "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
-JUDGES = {"metrics", "sketch", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",
+JUDGES = {"metrics", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",
           "audit"}
 HEAVY = {"torch", "transformers", "coreai", "coreai_torch", "coreai_opt"}
 

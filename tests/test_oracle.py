@@ -148,6 +148,9 @@ def test_true_fp32_switches_everything_off() -> None:
     backends = torch.backends
     assert not backends.cuda.matmul.allow_tf32 and not backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest" and backends.mkldnn.conv.fp32_precision == "ieee"
+    with backends.cudnn.flags():  # what torch.export does; leaving it sets the legacy flags again
+        pass
+    assert backends.cudnn.conv.fp32_precision != "tf32" and not backends.cudnn.allow_tf32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

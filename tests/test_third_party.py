@@ -190,7 +190,7 @@ def test_its_metadata_is_read_and_validated(shipped):
 
 
 def test_its_shapes_are_read_from_the_asset(on_engine, engine_verdicts):
-    facts = on_engine.engine_facts
+    facts = on_engine.shipped.engine.facts
     assert {key: facts[key] for key in ("vocab", "context", "layers", "slots", "dtype", "dynamic")} == {
         "vocab": 512, "context": 64, "layers": 4, "slots": 24, "dtype": "float16", "dynamic": False}
 

@@ -8,9 +8,12 @@ protocol is structural, and a porter's class satisfies it by having these method
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from harness.errors import HarnessError
+from harness.trace import Depths, decoder_seams, vision_seams
 
 Tap = Callable[[str, Tensor], Tensor]
 """`x = tap("decoder.layers.03", x)`: offers the value at a seam, tokens on axis 0, and goes on with what comes back.
@@ -49,6 +52,21 @@ class Conversion(Protocol):
         keys and values [L, 1, kv_heads, context, head_dim]. Returns logits [1, S, V].
         """
         ...
+
+
+def accepted(conversion: Any, depths: Depths) -> Conversion:
+    """The conversion, where it offers what the protocol asks. Raises HarnessError naming what it lacks or misspells."""
+    place = type(conversion).__name__
+    lacking = [name for name in ("injectable", "slots", "seams", "tensors", "encode", "decode")
+               if not hasattr(conversion, name)]
+    if lacking:
+        raise HarnessError(f"lacks {lacking[0]!r}", where=place, fix="see harness/graph/protocol.py")
+    known = {*vision_seams(depths, inside=True), "decoder.positions", *decoder_seams(depths, inside=True)}
+    strange = sorted(set(conversion.seams()) - known)
+    if strange:
+        raise HarnessError(f"offers a seam {strange[0]!r} that nothing is compared at", where=place,
+                           fix="seam names: harness/trace.py; layers have two digits")
+    return conversion
 
 
 def untapped(name: str, value: Tensor) -> Tensor:

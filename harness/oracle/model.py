@@ -15,11 +15,14 @@ def true_fp32() -> dict[str, str]:
     """From here on this process computes float32 in float32: no TF32 and no bfloat16 inside float32 kernels.
 
     Returns the switches as they stand. `set_float32_matmul_precision` and the `allow_tf32` flags alone do not do it:
-    where `torch.backends.fp32_precision` was set, cuDNN convolutions (the patch embedding is one) stay in TF32.
+    where `torch.backends.fp32_precision` was set, cuDNN convolutions (the patch embedding is one) stay in TF32. That
+    switch goes first: while it says TF32, whatever restores the legacy flags brings TF32 back.
     """
+    backends = torch.backends
+    for parent in (backends, backends.cudnn, backends.mkldnn):
+        parent.fp32_precision = "ieee"
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    backends = torch.backends
     switches = {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": backends.cudnn.conv, "cudnn.rnn": backends.cudnn.rnn,
                 "mkldnn.matmul": backends.mkldnn.matmul, "mkldnn.conv": backends.mkldnn.conv,
                 "mkldnn.rnn": backends.mkldnn.rnn}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from harness.graph.contract import host_inputs, positions
+from harness.graph.contract import positions
 from harness.ladder import exact
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
@@ -26,7 +26,7 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     geometry, recorded, ids = subject.geometry, subject.recorded(case), subject.sequence(case)
     grid = recorded.inputs.grid
     merged = (grid[1] // geometry.merge, grid[2] // geometry.merge) if grid else None
-    host = host_inputs(ids, geometry.image_token, geometry.vocab, merged)
+    host = subject.host(ids, geometry.image_token, geometry.vocab, merged)
     ours = positions(host.ids, geometry.vocab, host.shift_start, host.shift_amount, merged[1] if merged else 1)
     verdicts = [exact(NAME, case, "host.positions", recorded.positions, ours, "planes from extension ids and rope shift")]
     trace = subject.graph_trace(case, "accumulated")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from harness.host import host_inputs_for
 from harness.ladder import exact
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
@@ -24,7 +23,7 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """The reference host against the frozen inputs."""
     frozen = subject.recorded(case).inputs
-    made = host_inputs_for(subject.cases[case], subject.tokenizer, subject.preprocessing)
+    made = subject.made_inputs(case)
     verdicts = [exact(NAME, case, "ids", frozen.ids, made.ids, "token ids")]
     if frozen.patches is None:
         return verdicts

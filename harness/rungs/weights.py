@@ -58,11 +58,7 @@ def _graph(subject: Subject) -> list[Verdict]:
 
 
 def _bundle(subject: Subject) -> list[Verdict]:
-    from harness.engines.program import read_constants
-
-    if subject.vision_bundle is None:
-        raise Undecided("no vision bundle was given, so its weights cannot be audited", fix="give --vision-bundle")
-    tables = [table for bundle in (subject.bundle, subject.vision_bundle) for table in read_constants(bundle.asset).weights]
+    tables = [table for program in subject.programs() for table in program.weights]
     findings, extra = _fold_positions(_expected(subject), tables)
     verdicts = [Verdict(NAME, "bundle", one.name, Outcome.FAIL if one.wrong else Outcome.PASS, one.reason, "mismatches",
                         float(one.wrong), 0.0, figures={"stored": one.stored, "rows": list(one.rows)})

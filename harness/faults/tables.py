@@ -1,0 +1,119 @@
+"""A bundle's tables as the recipe says they must lie, made without exporting: what quantization faults change.
+
+It answers as `harness.engines.program.Program` does (`weights`, `attributes`), so the weight audit reads it like a real one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.graph.decoder import MASKED
+from harness.graph.quantize import RECIPES, expected_codes, planned_weights
+from harness.graph.reference import POSITIONS, PATCH
+from harness.graph.vision import LAYER_NORM_EPS, interpolate_positions
+from harness.subject import Subject
+
+
+@dataclass
+class Table:
+    """plain [o, i] or [n] float16, or codes [o, i] int8 with scale and offset [o, i / block] float16 and int8."""
+
+    name: str
+    at: int
+    plain: np.ndarray | None = None
+    codes: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    offset: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the table as the program computes with it."""
+        return self.plain.shape if self.codes is None else self.codes.shape
+
+    @property
+    def stored(self) -> str:
+        """As `program.Weight.stored` says it."""
+        if self.codes is None:
+            return "f16"
+        return f"si8 x f16/{self.codes.shape[1] // self.scale.shape[1]}"
+
+    @property
+    def uses(self) -> tuple[Any, ...]:
+        """One use, at the tensor's place in the order of computation."""
+        return (SimpleNamespace(at=self.at, op="broadcasting_batch_matmul", writes=0),)
+
+    def rows(self) -> np.ndarray:
+        """scale * (codes - offset), each product rounded to fp16 once."""
+        if self.codes is None:
+            return self.plain
+        block = self.codes.shape[1] // self.scale.shape[1]
+        scale, offset = (np.repeat(part, block, axis=1) for part in (self.scale, self.offset))
+        return scale * (self.codes.astype(np.float16) - offset.astype(np.float16))
+
+
+@dataclass
+class Tables:
+    """Tables by checkpoint name, the attributes of both programs, and the model's own names for what is under test."""
+
+    subject: Subject
+    tables: dict[str, Table] = field(default_factory=dict)
+    attributes: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def weights(self) -> list[Table]:
+        """In order of use."""
+        return sorted(self.tables.values(), key=lambda table: table.at)
+
+    def values(self) -> dict[str, Tensor]:
+        """What the bundle computes with, by checkpoint name and in the checkpoint's shapes, float32."""
+        found = {}
+        for name, table in self.tables.items():
+            tensor = torch.from_numpy(np.array(table.rows(), dtype=np.float32))
+            found[name] = tensor.reshape(self.subject.checkpoint.tensor(name).shape) if name == PATCH else tensor
+        found[POSITIONS] = self.subject.checkpoint.tensor(POSITIONS).float()
+        return found
+
+
+def ship(subject: Subject) -> Tables:
+    """What a healthy export of this checkpoint in this mode holds."""
+    shipped, grid = Tables(subject), subject.options.grid
+    planned = list(planned_weights(subject.checkpoint, RECIPES[subject.mode]))
+    for at, (name, weight, scheme) in enumerate(sorted(planned, key=lambda row: _order(row[0]))):
+        if name == POSITIONS:
+            weight = interpolate_positions(weight, *grid, subject.geometry.merge).to(torch.float16)
+        flat = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight
+        if scheme is None:
+            shipped.tables[name] = Table(name, at, plain=flat.numpy().copy())
+            continue
+        codes, scale = (part.numpy() for part in expected_codes(flat, scheme))
+        shipped.tables[name] = Table(name, at, codes=codes.copy(), scale=scale.copy(),
+                                     offset=np.zeros(scale.shape, np.int8))
+    shipped.attributes = attributes(subject)
+    return shipped
+
+
+def attributes(subject: Subject) -> list[dict[str, Any]]:
+    """The scalars of both programs as our exporter writes them."""
+    geometry = subject.geometry
+    size = geometry.vision_hidden // geometry.vision_heads
+    rows = [("eps", geometry.rms_eps, 4 * geometry.layers + 1, None), ("scale", geometry.head_dim**-0.5, geometry.layers, None),
+            ("fill", MASKED, geometry.layers, None),
+            ("eps", LAYER_NORM_EPS, 2 * geometry.vision_layers + 1 + len(geometry.deepstack_taps), "layer_norm"),
+            ("scale", size**-0.5, geometry.vision_layers, None), ("approximate", "tanh", geometry.vision_layers, None),
+            ("approximate", "none", 1 + len(geometry.deepstack_taps), None)]
+    return [{"op": name, "at": 0, "writes": 0, "composite": composite, "name": name, "value": value}
+            for name, value, count, composite in rows for _ in range(count)]
+
+
+def _order(name: str) -> tuple[bool, int, str]:
+    layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
+    tower = not name.startswith("model.visual")
+    first = -1 if "embed" in name else 1 << 20
+    return tower, int(layer[1]) if layer else first, name
