@@ -67,7 +67,8 @@ class Screen:
         for number, row in enumerate(run.localization):
             self._broken(row) if number == 0 else self._also(row)
         if len(names) == len(RUNGS):
-            self._lines(f"[{STYLE[decision.outcome]}]{decision.outcome.value}[/]: {escape(decision.reason)}")
+            reason = escape(_short(decision.reason, 3 * WIDTH))
+            self._lines(f"[{STYLE[decision.outcome]}]{decision.outcome.value}[/]: {reason}")
         self._lines("[dim]" + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in run.timings) + "[/dim]")
         self._whole(f"report: {escape(str(folder / 'report.html'))}")
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,12 +263,17 @@ def job(engine: Engine | Callable[[], Engine], cases: str = "abc") -> EngineJob:
 
 
 def within_limit(call: Callable[..., Any], *arguments: object) -> Any:
-    """The call's result, or a failure of the test where it hangs."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(call, *arguments).result(timeout=LIMIT_S)
-    finally:
-        pool.shutdown(wait=False)
+    """The call's result, or a failure of the test where it hangs; the thread is a daemon, so that nothing waits for it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(timeout=LIMIT_S)
 
 
 def test_traces_are_handed_out_as_they_come():

@@ -34,7 +34,7 @@ class Loop:
         recipe = RECIPES[subject.mode]
         # A graph of its own: a fault may bend it, and the judge's twin must stay what it is.
         held = weights if weights is not None else twin_weights(subject.checkpoint, recipe)
-        self.weights = {name: value.float().clone() for name, value in held.items()}
+        self.weights = {name: value.clone() for name, value in held.items()}
         self.recipe, self._graphs = recipe, {}
         self.context = 512
         self.image: Tensor | None = None

@@ -6,9 +6,9 @@ import re
 from fnmatch import fnmatchcase
 
 _TENSORS = (
-    (r"model\.language_model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.*)\.(?:weight|bias)", "decoder.layers.{:02d}"),
-    (r"model\.visual\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(.*)\.(?:weight|bias)", "vision.layers.{:02d}"),
-    (r"model\.visual\.deepstack_merger_list\.(\d+)\.(.*)\.(?:weight|bias)", "vision.deepstack.{:d}"),
+    (r"model\.language_model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.*?)(?:\.weight|\.bias)?", "decoder.layers.{:02d}"),
+    (r"model\.visual\.blocks\.(\d+)\.(?:attn\.|mlp\.)?(.*?)(?:\.weight|\.bias)?", "vision.layers.{:02d}"),
+    (r"model\.visual\.deepstack_merger_list\.(\d+)\.(.*?)(?:\.weight|\.bias)?", "vision.deepstack.{:d}"),
     (r"kv\.(?:keys|values)\.(\d+)()", "decoder.layers.{:02d}"),
     (r"(?:decoder\.layers\.(\d+)\.deepstack|deepstack\.(\d+))", "decoder.deepstack.{:d}"),
     (r"(?:decoder|vision)\.layers\.(\d+)(?:\.(.*))?", None),

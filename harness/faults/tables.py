@@ -72,12 +72,12 @@ class Tables:
         return sorted(self.tables.values(), key=lambda table: table.at)
 
     def values(self) -> dict[str, Tensor]:
-        """What the bundle computes with, by checkpoint name and in the checkpoint's shapes, float32."""
+        """What the bundle computes with, by checkpoint name and in the checkpoint's shapes, float16."""
         found = {}
         for name, table in self.tables.items():
-            tensor = torch.from_numpy(np.array(table.rows(), dtype=np.float32))
+            tensor = torch.from_numpy(np.array(table.rows(), dtype=np.float16))
             found[name] = tensor.reshape(self.subject.checkpoint.tensor(name).shape) if name == PATCH else tensor
-        found[POSITIONS] = self.subject.checkpoint.tensor(POSITIONS).float()
+        found[POSITIONS] = self.subject.checkpoint.tensor(POSITIONS).half()
         return found
 
 

@@ -92,7 +92,7 @@ def output_reshaped(graph: Reference) -> None:
     weight.data = weight.data.T.reshape(weight.shape).contiguous()
 
 
-@fault("graph", "weights", f"{TEXT}.3.mlp.down_proj.weight", "mlp.down_proj|down_proj|mlp.out", source="W13")
+@fault("graph", "weights", f"{TEXT}.3.mlp.down_proj.weight", "down_proj|mlp.out", source="W13")
 def one_row_stale(graph: Reference) -> None:
     """one output row of one projection is zero"""
     graph.decoder.layers[3].mlp.down_proj.weight.data[11] = 0
@@ -147,7 +147,7 @@ def gate_and_up_loaded_crosswise(graph: Reference) -> None:
     mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
 
 
-@fault("graph", "weights", "model.language_model.norm.weight", "norm|decoder.norm")
+@fault("graph", "weights", "model.language_model.norm.weight")
 def final_norm_of_a_layer(graph: Reference) -> None:
     """the final norm holds the last layer's weight"""
     graph.decoder.norm.weight.data = graph.decoder.layers[-1].input_layernorm.weight.data.clone()
