@@ -319,16 +319,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HarnessError as error:
         return _complain(arguments.verb, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain(arguments.verb, "interrupted; " + INTERRUPTED.get(arguments.verb, "nothing half-written is left"),
-                         ExitCode.INTERRUPTED)
+        kept = INTERRUPTED.get(arguments.verb, "nothing half-written is left")
+        return _complain(arguments.verb, f"interrupted; {kept}", ExitCode.INTERRUPTED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(arguments.verb, f"{where}cannot be read or written ({error.strerror or error})",
                          ExitCode.BAD_INPUT)
     except (Exception, SystemExit) as error:  # also a graph under test that calls sys.exit(0): that is no pass
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return _complain(arguments.verb, f"crashed with {type(error).__name__}: {error} ({Path(at.filename).name}, line "
-                         f"{at.lineno}); nothing was decided", ExitCode.UNDECIDED)
+        return _complain(arguments.verb, f"crashed with {type(error).__name__}: {str(error) or 'no message'} "
+                         f"({Path(at.filename).name}, line {at.lineno}); nothing was decided", ExitCode.UNDECIDED)
 
 
 INTERRUPTED = dict.fromkeys(("gate", "ladder", "calibrate", "record"),

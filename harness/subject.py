@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness import threads
 from harness.bounds import Bounds, load_bounds
 from harness.cases import Case, load_cases
 from harness.checkpoint import Checkpoint, Geometry, open_checkpoint, read_json
@@ -58,9 +59,11 @@ class Subject:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint under conversion."""
+        """The checkpoint under conversion; its width decides how many threads torch may use."""
         with readable(self.options.checkpoint):
-            return open_checkpoint(self.options.checkpoint, self.options.revision)
+            found = open_checkpoint(self.options.checkpoint, self.options.revision)
+        threads.settle(found.geometry)
+        return found
 
     @property
     def geometry(self) -> Geometry:
