@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import signal
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import __version__
+from harness import arguments as takes
 from harness.errors import ExitCode, HarnessError
 
 if TYPE_CHECKING:
@@ -35,96 +35,6 @@ class Verb:
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
     run: Callable[[Arguments], int]
-
-
-def _subject_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
-    add("--revision", help="revision of a hub id")
-    add("--graph", metavar="MODULE:FACTORY", help="torch graph under test (default: ours)")
-    add("--bundle", type=Path, metavar="DIR", help="LanguageBundle under test (default: export one)")
-    add("--vision-bundle", type=Path, metavar="DIR", help="vision bundle that goes with it")
-    add("--oracle", type=Path, metavar="DIR", help="recorded oracle (default: record or resume one)")
-    add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
-    add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
-    add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
-    add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
-    add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
-    add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
-    add("--timeout", type=_seconds, dest="timeout_s", metavar="S", help="seconds the engine may take (default: 900)")
-
-
-def _grid(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no grid of patches; write for example 28x28")
-    return int(rows), int(columns)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
-
-
-def _output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help="report folder (default: reports/<checkpoint>-<mode>)")
-    parser.add_argument("--json", action="store_true", help="print the run record instead of the table")
-
-
-def _rung_arguments(parser: argparse.ArgumentParser) -> None:
-    from harness.ladder import NAMES
-
-    parser.add_argument("--rung", action="append", choices=NAMES, help="only this rung (may be repeated)")
-    parser.add_argument("--case", action="append", help="only this case (may be repeated)")
-
-
-def _record_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
-    add("--revision", help="revision of a hub id")
-    add("--out", type=Path, metavar="DIR", help="oracle folder (default: under oracles/recorded)")
-    add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
-    add("--revision", help="revision of a hub id")
-    add("--mode", choices=("fp16", "int8lin", "int8hu"), default="int8hu")
-    add("--out", type=Path, metavar="DIR", default=Path("build"), help="where the bundles go (default: build)")
-    add("--grid", type=_grid, default=(28, 28), metavar="HxW", help="patch grid of the vision bundle (default: 28x28)")
-    add("--context", type=int, default=512, metavar="TOKENS", help="slots of the KV cache (default: 512)")
-    add("--dynamic", action="store_true", help="also export the dynamic-S twin")
-    add("--activations", choices=("fp16", "fp32"), default="fp16", help="fp32 separates structure from rounding")
-    add("--overwrite", action="store_true", help="replace bundles that are there")
-    add("--json", action="store_true", help="print paths and sizes as JSON")
-
-
-def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("report", type=Path, help="report folder with run.json and certificate.json")
-    parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
-
-
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("report", type=Path, nargs="*", help="report folder with run.json; two folders: what changed between them")
-    add("--card", action="store_true", help="print the section for a model card")
-    add("--index", type=Path, metavar="DIR", help="write DIR/index.html over the reports in DIR")
-
-
-def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="TOML", required=True, help="where the bounds are written")
-
-
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    pass
 
 
 def subject_of(arguments: Arguments) -> Subject:
@@ -282,16 +192,16 @@ def _doctor(arguments: Arguments) -> int:
 
 
 VERBS = {
-    "gate": Verb("run the whole ladder, write the report and the certificate", (_subject_arguments, _output_arguments),
+    "gate": Verb("run the whole ladder, write the report and the certificate", (takes.subject, takes.output),
                  _gate),
-    "ladder": Verb("run some rungs", (_subject_arguments, _output_arguments, _rung_arguments), _ladder),
-    "record": Verb("record the fp32 oracle", (_record_arguments,), _record),
-    "export": Verb("quantize and export a bundle", (_export_arguments,), _export),
+    "ladder": Verb("run some rungs", (takes.subject, takes.output, takes.rung), _ladder),
+    "record": Verb("record the fp32 oracle", (takes.record,), _record),
+    "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
-                      (_subject_arguments, _calibrate_arguments), _calibrate),
-    "verify": Verb("does a certificate still speak for a bundle?", (_verify_arguments,), _verify),
-    "report": Verb("render reports again from their records", (_report_arguments,), _report),
-    "doctor": Verb("what this machine can record, export and run", (_nothing,), _doctor),
+                      (takes.subject, takes.calibrate), _calibrate),
+    "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
+    "report": Verb("render reports again from their records", (takes.report,), _report),
+    "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }
 
 

@@ -125,12 +125,12 @@ def test_seams_are_found_by_value_alone(small: Small, kind: str, tmp_path: Path)
     assert all(relative(got[seam], want[seam]) < 1e-5 < NEAR for seam in got)
 
 
-def test_an_index_of_another_program_is_refused(small: Small, tmp_path: Path) -> None:
+def test_an_index_of_another_program_offers_nothing(small: Small, tmp_path: Path) -> None:
     table = json.loads(small.seams.read_text())
     table["decoder"]["program"] = "0" * 64
     (tmp_path / "index.json").write_text(json.dumps(table))
-    with pytest.raises(HarnessError, match="another decoder program"):
-        small.engine(seam_index=tmp_path / "index.json")
+    seams = small.engine(seam_index=tmp_path / "index.json").seams()
+    assert "logits" in seams and not any(seam.startswith("decoder.layers") for seam in seams)
 
 
 def test_a_wrong_index_loses_its_seam_and_nothing_else(small: Small, tmp_path: Path) -> None:

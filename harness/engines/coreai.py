@@ -35,11 +35,10 @@ class CoreAIEngine:
 
     decoder, vision: `.aimodel` directories. grid: the one patch grid (rows, columns) the assets are made for. context:
     slots of the cache, as the bundle's metadata says; the asset's own count is checked too. seam_index: a file made by
-    `write_index`; seams it lacks are not offered. embeds: image and DeepStack embeds [N, h], [3N, h] to use instead of
+    `write_index`; seams it lacks, and all of a program that it was not made for, are not offered. embeds: image and DeepStack embeds [N, h], [3N, h] to use instead of
     the vision asset's. timeout_s: longest wait for the load, then for each request. reuse_state: later requests find
     the cache as the one before left it (to test for leaks). chunk: prompt tokens a call of a dynamic asset takes at
-    most. tmp: where private folders are made. Raises HarnessError for an unknown compute unit and for an index that is
-    malformed or was made for another program.
+    most. tmp: where private folders are made. Raises HarnessError for an unknown compute unit and a malformed index.
     """
 
     def __init__(self, decoder: Path, vision: Path | None = None, *, geometry: Geometry,
@@ -165,7 +164,7 @@ def _entries(table: dict[str, Any], tower: str, asset: Path | None) -> dict[str,
     if not isinstance(part, dict) or not isinstance(part.get("seams"), dict):
         raise HarnessError("must hold a program's hash and its seams", where=tower)
     if part.get("program") != program_hash(asset):
-        raise HarnessError(f"was made for another {tower} program", fix="export again, or run without the index")
+        return {}  # its ids say nothing about these bytes; what is still read without them is judged
     for name, entry in part["seams"].items():
         row = entry.get("row") if isinstance(entry, dict) else None
         if not isinstance(row, list) or not all(type(part) is int and part >= 0 for part in (entry.get("id"), *row)):
