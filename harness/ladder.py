@@ -77,7 +77,8 @@ def _judge_seam(rung: str, case: str, seam: str, reference: Mapping[str, np.ndar
         return error("the reference has no value at this seam")
     limits = bounds.at(rung, seam, engine)
     if not limits:
-        return error(f"no bound covers this seam (engine {engine!r})" if engine else "no bound covers this seam")
+        whose = f" on {engine}" if engine else ""
+        return error(f"no bound covers this seam{whose}: measure it with `harness calibrate`")
     measured: dict[str, dict[str, Distance]] = {}
     for way, trace in candidates.items():
         if seam not in trace:
