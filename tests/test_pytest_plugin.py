@@ -49,7 +49,7 @@ def rung(name: str, *given: Outcome, cause: str | None = None) -> Check:
 
 def test_ids_say_rung_case_and_seam(pytester):
     plugin = () if INSTALLED else ("-p", "harness.pytest_plugin")
-    result = pytester.runpytest_inprocess(str(LADDERS / "test_decoder.py"), "--collect-only", *plugin)
+    result = pytester.runpytest_inprocess(str(LADDERS / "test_decoder.py"), "--collect-only", "-q", *plugin)
     assert result.ret == 0
     listed = [line.rpartition("/")[2] for line in result.outlines]
     assert "test_decoder.py::test_layer[scene-211-decoder.layers.03]" in listed
