@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -11,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import read_toml
 from harness.errors import HarnessError, within
 
 BOUNDS = Path(__file__).resolve().parent.parent / "ladders" / "qwen3_vl.toml"
@@ -63,12 +63,7 @@ class Bounds:
 
 def load_bounds(path: Path = BOUNDS) -> Bounds:
     """Read a bounds file. Raises HarnessError for a bound without its because, an unknown key, or a limit below measured."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HarnessError("the file is missing", where=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HarnessError(f"not valid TOML ({error})", where=path) from error
+    table = read_toml(path)
     with within(path):
         if set(table) != {"bound"} or not table["bound"]:
             raise HarnessError("must hold one or more [[bound]] tables and nothing else")

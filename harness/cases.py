@@ -5,13 +5,13 @@ Cases must differ in kind, not in number: each has a `why`.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from harness.checkpoint import read_toml
 from harness.errors import HarnessError, within
 
 CASES = Path(__file__).resolve().parent.parent / "ladders" / "cases.toml"
@@ -82,12 +82,7 @@ class Rollout:
 
 def load_cases(path: Path = CASES) -> tuple[Case, ...]:
     """Read cases.toml. Raises HarnessError for an unknown key, a repeated name, two images in one case, a lost file."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HarnessError("the file is missing", where=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HarnessError(f"not valid TOML ({error})", where=path) from error
+    table = read_toml(path)
     with within(path):
         if set(table) != {"case"} or not table["case"]:
             raise HarnessError("must hold one or more [[case]] tables and nothing else")

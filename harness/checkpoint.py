@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import struct
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -257,6 +258,16 @@ def read_json(path: Path) -> Any:
         raise HarnessError("the file is missing", where=path) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise HarnessError(f"not valid JSON ({error})", where=path) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file. Raises HarnessError naming file and place where it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HarnessError("the file is missing", where=path) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HarnessError(f"not valid TOML ({error})", where=path) from error
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

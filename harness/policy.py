@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import read_toml
 from harness.errors import HarnessError, within
 from harness.ladder import NAMES
 from harness.verdict import Outcome, Verdict
@@ -56,12 +56,7 @@ class Policy:
 
 def load_policy(path: Path = POLICY) -> Policy:
     """Read a policy file. Raises HarnessError for a missing or unknown key or an unknown rung."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HarnessError("the file is missing", where=path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HarnessError(f"not valid TOML ({error})", where=path) from error
+    table = read_toml(path)
     with within(path):
         return policy_from(table)
 
