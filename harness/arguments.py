@@ -86,6 +86,8 @@ def verify(parser: argparse.ArgumentParser) -> None:
     """`harness verify`."""
     parser.add_argument("report", type=Path, help="report folder with run.json and certificate.json")
     parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
+    parser.add_argument("--policy", type=Path, metavar="TOML",
+                        help="policy that the run's own must not be laxer than (default: ladders/policy.toml)")
 
 
 def report(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +101,20 @@ def report(parser: argparse.ArgumentParser) -> None:
 def calibrate(parser: argparse.ArgumentParser) -> None:
     """`harness calibrate`, besides the subject."""
     parser.add_argument("--out", type=Path, metavar="TOML", required=True, help="where the bounds are written")
+
+
+def faults(parser: argparse.ArgumentParser) -> None:
+    """`harness faults`."""
+    from harness.faults import KINDS
+
+    add = parser.add_argument
+    add("--class", dest="kinds", action="append", choices=KINDS, metavar="CLASS",
+        help=f"only this class (may be repeated): {', '.join(KINDS)}")
+    add("--fast", action="store_true", help="a few faults of each class on three cases, without a bundle")
+    add("--benign", action="store_true", help="healthy variations instead: none may be flagged")
+    add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
+    add("--json", action="store_true", help="print the record instead of the table")
 
 
 def nothing(parser: argparse.ArgumentParser) -> None:

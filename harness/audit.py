@@ -18,6 +18,7 @@ import numpy as np
 HALF_STEP = 0.5
 SLACK = 2.0**-9
 """Relative room for rounding: a scale held in fp16 is off by 2^-11, and so is the product."""
+TINY = 1e-12
 
 
 class Table(Protocol):
@@ -140,9 +141,11 @@ def _compare(item: Expected, view: _View, offset: int) -> Finding:
     reason = f"{value.size} values equal"
     if wrong.any() and item.step is not None:
         # Another quantizer may break ties otherwise; what it may not do is leave the grid of the right step.
-        wrong = wrong & ~(np.abs(held.astype(np.float64) - weight)
-                          <= _matrix(item.step) * HALF_STEP * (1 + SLACK) + SLACK * np.abs(weight.astype(np.float64)))
-        reason = "every value within half a quantization step"
+        near = (np.abs(held.astype(np.float64) - weight)
+                <= _matrix(item.step) * HALF_STEP * (1 + SLACK) + SLACK * np.abs(weight.astype(np.float64)))
+        steps = held.astype(np.float64) / np.maximum(_matrix(item.step), TINY)
+        wrong = wrong & ~(near & (np.abs(steps - np.round(steps)) <= SLACK / 2 * np.abs(steps) + TINY))
+        reason = "every value on the grid and within half a quantization step"
     rows = np.flatnonzero(wrong.any(axis=1))
     if len(rows):
         error = np.linalg.norm(held.astype(np.float64) - value) / max(float(np.linalg.norm(value.astype(np.float64))), 1e-30)

@@ -160,15 +160,33 @@ def _calibrate(arguments: Arguments) -> int:
     return ExitCode.PASS
 
 
+def _faults(arguments: Arguments) -> int:
+    from harness.faults import benign, scoreboard
+    from harness.run import json_text, write_files
+    from harness.terminal import Screen
+
+    subject = subject_of(arguments)
+    if arguments.jobs < 1:
+        raise HarnessError(f"{arguments.jobs} processes", where="--jobs", fix="give 1 or more")
+    with Screen(quiet=arguments.json) as screen:
+        made = benign if arguments.benign else scoreboard
+        record = made.make(subject.options, arguments, lambda done, total: screen.step(arguments.verb, done, total))
+    text, name = made.markdown(record), "benign" if arguments.benign else "scoreboard"
+    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text})
+    print(json.dumps(record) if arguments.json else text)
+    return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
+
+
 def _verify(arguments: Arguments) -> int:
     from harness.bundle import Bundle
     from harness.gate import verify
+    from harness.policy import POLICY, load_policy
     from harness.session import read_report
     from harness.verdict import Outcome, exit_code
 
     record, certificate = read_report(arguments.report)
     digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
-    found = verify(record, certificate, digest)
+    found = verify(record, certificate, digest, load_policy(arguments.policy or POLICY))
     for sentence in found:
         print(f"does not match: {sentence}")
     if found:
@@ -199,6 +217,8 @@ VERBS = {
     "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
                       (takes.subject, takes.calibrate), _calibrate),
+    "faults": Verb("switch known faults on one at a time and count what is caught and named",
+                   (takes.subject, takes.faults), _faults),
     "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
     "report": Verb("render reports again from their records", (takes.report,), _report),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from harness.run import Run, run_from_record
 from harness.verdict import Outcome, Verdict, exit_code, worst
 
 SCHEMA = 1
+ONE = 1 + 1e-9
 _WORDED = {"schema", "tool", "created", "subject", "engine", "policy"}
 """Parts of a record that the certificate holds in words; of everything else it holds a digest."""
 
@@ -115,10 +116,12 @@ def rejudge(verdict: Verdict) -> Outcome:
     return Outcome.PASS if verdict.value <= verdict.bound else Outcome.FAIL
 
 
-def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest: str | None = None) -> list[str]:
+def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest: str | None = None,
+           least: Policy | None = None) -> list[str]:
     """Recompute a certificate from its run record, and compare; a list of sentences, empty where all agrees.
 
-    `bundle_digest` is that of the bundle in hand: the certificate must speak for exactly these bytes.
+    `bundle_digest` is that of the bundle in hand: the certificate must speak for exactly these bytes. `least` is the
+    policy that the run's own must not be laxer than.
     """
     try:
         run, policy = run_from_record(record), policy_from(dict(record["policy"]))
@@ -135,10 +138,24 @@ def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest:
     for verdict in run.verdicts:
         if rejudge(verdict) is not verdict.outcome:
             found.append(f"{verdict.id} says {verdict.outcome.value}, its figure {verdict.value} is past {verdict.bound}")
+        found += [f"{verdict.id} records a cosine of {value}, which nothing has" for value in _cosines(verdict.figures)
+                  if not -ONE <= value <= ONE]
+    if least is not None and not policy.stricter_or_equal(least):
+        found.append(f"the run was judged by policy {policy.name!r}, which is laxer than {least.name!r}")
     spoken = (run.subject.get("bundle") or {}).get("digest")
     if bundle_digest is not None and spoken != bundle_digest:
         found.append(f"the certificate speaks for bundle {_short(spoken)}, this one is {_short(bundle_digest)}")
     return found
+
+
+def _cosines(figures: Any) -> Iterator[float]:
+    """Every recorded cosine: float32 sums print 1.0001, ours cannot."""
+    if isinstance(figures, Mapping):
+        for name, value in figures.items():
+            if "cosine" in name and name != "cosine_gap" and isinstance(value, (int, float)):
+                yield value
+            else:
+                yield from _cosines(value)
 
 
 def _short(value: Any) -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.background import EngineJob, ExportJob
 from harness.bundle import VISION, Bundle
-from harness.checkpoint import Geometry
 from harness.engines import Engine, Request
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.options import Options
 from harness.trace import Trace
 

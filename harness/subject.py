@@ -13,8 +13,9 @@ import numpy as np
 from harness import threads
 from harness.bounds import Bounds, load_bounds
 from harness.cases import Case, load_cases
-from harness.checkpoint import Checkpoint, Geometry, open_checkpoint, read_json
+from harness.checkpoint import Checkpoint, open_checkpoint, read_json
 from harness.errors import HarnessError, Undecided
+from harness.geometry import Geometry
 from harness.options import Options, factory_of, readable
 from harness.policy import Policy, load_policy
 from harness.shipped import Shipped
@@ -112,7 +113,12 @@ class Subject:
         changed = self.oracle.stale(self.cases[case])
         if changed:
             raise HarnessError(changed, where=case, fix="record the oracle again")
-        return self.oracle.case(case)
+        found = self.oracle.case(case)
+        narrow = found.rounded()
+        if narrow:
+            raise HarnessError(f"every recorded value fits {narrow}, so it was not recorded in float32", where=case,
+                               fix="record the oracle again")
+        return found
 
     def sequence(self, case: str) -> np.ndarray:
         """Prompt and oracle rollout, HF ids [T + n] int64."""

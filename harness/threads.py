@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from harness.checkpoint import Geometry
+from harness.geometry import Geometry
 
 SMALL = 1024
 """Decoder width below which no matrix product of a prompt is worth a second thread."""

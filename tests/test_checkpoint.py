@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from harness.checkpoint import EMBEDDED, Checkpoint, Geometry, open_checkpoint
+from harness.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 
 CONFIG = json.loads((EMBEDDED / "config.json").read_text())
 

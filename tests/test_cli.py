@@ -23,7 +23,7 @@ def test_a_healthy_rung_passes_and_leaves_a_whole_report(here, capfd):
 def test_json_prints_the_record_and_nothing_else(here, capfd):
     assert main([*JUDGE.split(), "--case", "words", "--json"]) == ExitCode.PASS
     out, err = capfd.readouterr()
-    assert {row["case"] for row in json.loads(out)["verdicts"]} == {"words"} and err == ""
+    assert {row["case"] for row in json.loads(out)["verdicts"]} == {"words", "probes"} and err == ""
 
 
 # The checkpoint.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_models import write_checkpoint
@@ -19,6 +20,7 @@ from harness.localize import broken
 from harness.options import Options
 from harness.oracle import record
 from harness.policy import load_policy
+from harness.probes import planned
 from harness.rungs import CHECKS, answers
 from harness.subject import Subject
 from harness.verdict import Outcome
@@ -28,7 +30,9 @@ HERE = Path(__file__).resolve().parent / "third_party"
 GRID = (8, 12)
 LENIENT, STRICT = load_policy(HERE / "policy.toml"), load_policy()
 TORCH_RUNGS = {"contract": None, "weights": ["graph"], "vision": None, "decoder": None, "decode": None}
-LACKING = {"contract": {"graph.positions"}, "weights": set(), "vision": {"vision.embed"},
+PROBED = {seam for seam in planned(SimpleNamespace(layers=4, vision_layers=4, deepstack_taps=(0, 1, 2)))
+          if not seam.startswith("calls.")}
+LACKING = {"contract": {"graph.positions", *PROBED}, "weights": set(), "vision": {"vision.embed"},
            "decoder": {"decoder.embed", "decoder.norm"}, "decode": set()}
 
 

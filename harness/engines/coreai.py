@@ -17,10 +17,11 @@ import numpy as np
 
 from harness.bundle import PROGRAM_HASH, check_asset
 from harness.cases import FrozenInputs
-from harness.checkpoint import Geometry, read_json
+from harness.checkpoint import read_json
 from harness.engines import Request
 from harness.engines.child import Child, running
 from harness.errors import HarnessError, Undecided, within
+from harness.geometry import Geometry
 from harness.graph.contract import HostInputs, host_inputs
 from harness.trace import Trace
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.checkpoint import Geometry
 from harness.engines import Request
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.contract import HostInputs, host_inputs
 from harness.graph.protocol import Conversion, Tap
 from harness.trace import Trace

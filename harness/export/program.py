@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from harness.checkpoint import Geometry
+from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
 from harness.graph.protocol import untapped
 from harness.graph.vision import Vision

@@ -23,8 +23,8 @@ class Fault:
     """One fault. `apply` takes the thing that `target` names and changes it in place.
 
     rung, seam: what a perfect harness names first (a pattern, or several parted by "|"); op: the operation inside the
-    seam's block, where the fault has one. source: row of the collected list, or "derived". equivalent: the conversion
-    stays right, so that blaming it is a false alarm.
+    seam's block, where the fault has one. source: row of the collected list, or "derived". equivalent: the
+    conversion stays right at the rungs named (all, for "none"), so that blaming it there is a false alarm.
     """
 
     kind: str

@@ -236,7 +236,7 @@ def long_calls_differ_from_run_to_run(graph: Reference) -> None:
          plain(q, *rest) * (1 + 1e-3 * torch.randn(1, generator=generator)))
 
 
-@fault("graph", "contract", "none", equivalent=True, source="B06")
+@fault("graph", "none", "none", equivalent=True, source="B06")
 def scale_folded_into_query(graph: Reference) -> None:
     """the scale multiplied into q instead of the scores"""
     attention = graph.decoder.layers[1].self_attn

@@ -36,7 +36,7 @@ def bound_loosened_afterwards(evidence: Evidence) -> None:
     evidence.edit(lambda record: record["bounds"][0].update(limit=1.0), sign=False)
 
 
-@fault("evidence", "verify", "certificate", source="G13")
+@fault("evidence", "verify", "certificate|record", source="G13")
 def certificate_says_pass(evidence: Evidence) -> None:
     """a red record beside a green certificate"""
     evidence.edit(lambda record: _verdict(record, "decode").update(outcome="FAIL"), sign=False)
@@ -78,7 +78,7 @@ def unknown_rung_counts(evidence: Evidence) -> None:
 @fault("evidence", "verify", "policy", source="G06")
 def policy_excuses_everything(evidence: Evidence) -> None:
     """a policy that lets every rung be skipped, in record and certificate"""
-    evidence.edit(lambda record: record["policy"].update(allow_skip=["engine", "tokens", "quantized"], min_cases=0))
+    evidence.edit(lambda record: record["policy"].update(allow_skip=["engine", "tokens", "quantized"], min_cases=1))
 
 
 @fault("evidence", "verify", "record", source="G01")

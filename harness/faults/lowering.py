@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from harness.faults import fault
 from harness.faults.files import Files
 from harness.faults.hands import wrap
+from harness.faults.tables import Tables
 from harness.graph.reference import Reference
 
 SPLAT2, SPLAT4 = b"\x05", b"\x09"
@@ -32,7 +33,7 @@ def eps_in_the_program(files: Files) -> None:
     files.swap(files.decoder, _f32(1e-6), _f32(1e-5))
 
 
-@fault("asset", "weights", "norm.eps", source="E06")
+@fault("asset", "weights", "vision.eps", source="E06")
 def eps_in_the_vision_program(files: Files) -> None:
     """the vision program adds 1e-5 in its norms"""
     files.swap(files.vision, _f32(1e-6), _f32(1e-5))
@@ -46,10 +47,11 @@ def scale_in_the_program(files: Files) -> None:
     files.swap(files.decoder, _f16(scale), _f16(scale * 1.25))
 
 
-@fault("asset", "weights", "gelu.flavour", source="N06")
-def gelu_in_the_program(files: Files) -> None:
+@fault("bundle", "weights", "gelu.flavour", source="N06")
+def gelu_in_the_program(tables: Tables) -> None:
     """the vision program's GELU lost its tanh"""
-    files.swap(files.vision, b"tanh\0", b"none\0")
+    for row in tables.vision:
+        row["value"] = "none" if row["value"] == "tanh" else row["value"]
 
 
 @fault("asset", "weights", "rope.frequencies", source="P12")
@@ -118,15 +120,25 @@ def mode_in_metadata(files: Files) -> None:
     files.describe(files.decoder, lambda record: record.update(compression="int8lin"))
 
 
-@fault("asset", "inputs", "ids", source="T04")
-def tokenizer_in_the_bundle(files: Files) -> None:
-    """the bundle's tokenizer has two entries of its vocabulary exchanged"""
+def _exchange(files: Files, first: str, second: str) -> None:
+    """Exchange the ids of two entries of the bundle's vocabulary."""
     path = files.decoder / "tokenizer" / "tokenizer.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     vocab = record["model"]["vocab"]
-    first, second = "e", "a"
     vocab[first], vocab[second] = vocab[second], vocab[first]
     path.write_text(json.dumps(record), encoding="utf-8")
+
+
+@fault("asset", "inputs", "ids|vocabulary", source="T04")
+def tokenizer_in_the_bundle(files: Files) -> None:
+    """the bundle's tokenizer has two entries of its vocabulary exchanged"""
+    _exchange(files, ".", ",")
+
+
+@fault("asset", "inputs", "vocabulary", source="T04")
+def rare_entries_of_the_tokenizer(files: Files) -> None:
+    """the bundle's tokenizer has two entries exchanged that no prompt holds"""
+    _exchange(files, "~", "^")
 
 
 @fault("graph", "contract", "decoder.layers.00", "attn.context", source="E01")

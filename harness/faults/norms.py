@@ -183,7 +183,7 @@ def norm_over_all_heads(graph: Reference) -> None:
         x.square().mean((-2, -1), keepdim=True) + module.eps)
 
 
-@fault("graph", "contract", "none", equivalent=True, source="B06")
+@fault("graph", "none", "none", equivalent=True, source="B06")
 def norm_by_another_formula(graph: Reference) -> None:
     """RMSNorm written as a division by the norm"""
     for module in rms(graph, ""):

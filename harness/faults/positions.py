@@ -234,7 +234,7 @@ def shift_starts_at_the_image(host: Host) -> None:
     _shifted(host, lambda made, merged: replace(made, shift_start=made.shift_start + 1))
 
 
-@fault("graph", "contract", "none", equivalent=True, source="B12")
+@fault("graph", "none", "none", equivalent=True, source="B12")
 def positions_offset_together(graph: Reference) -> None:
     """all rope positions five further: attention sees differences only"""
     wrap(graph.decoder.rope, "planes", lambda plain, *arguments: plain(*arguments) + 5)

@@ -174,7 +174,7 @@ def text_in_ascii(host: Host) -> None:
     wrap(host, "text", lambda plain, case: plain(case).encode("ascii", "ignore").decode())
 
 
-@fault("host", "inputs", "none", equivalent=True, source="B18")
+@fault("host", "none", "none", equivalent=True, source="B18")
 def one_level_of_a_pixel(host: Host) -> None:
     """pixels one level off, as another decoder gives them"""
     generator = np.random.default_rng(0)

@@ -251,17 +251,17 @@ def slots_counted_from_one(loop: Loop) -> None:
     wrap(loop, "prepare", prepare)
 
 
-@fault("engine", "engine", "none", equivalent=True, source="B04")
+@fault("engine", "none", "none", equivalent=True, source="B04")
 def other_chunks(loop: Loop) -> None:
     """prefill in calls of another length"""
     loop.chunk = 37
 
 
-@fault("engine", "engine", "none", equivalent=True, source="B15")
+@fault("engine", "none", "none", equivalent=True, source="B15")
 def cache_in_int8(loop: Loop) -> None:
     """an int8 cache with a scale for each head and token"""
     def after(plain):
-        for state in loop.cache:
+        for state in loop.cache if not loop.wide else ():
             held = state[:, :, :, loop.length - 1:loop.length]
             scale = held.abs().amax(-1, keepdim=True).clamp(min=1e-6) / 127
             state[:, :, :, loop.length - 1:loop.length] = (held / scale).round() * scale

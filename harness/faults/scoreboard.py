@@ -22,76 +22,87 @@ from harness.subject import Subject
 SCHEMA = 1
 FAST = ("scene-211", "wide", "long-text")
 """Cases of the fast subset: one image, one that is not square, one long text."""
+FAST_EACH = 2
+"""Faults of each class in the fast subset."""
 BARS = {"caught": 1.0, "block": 0.98, "op": 0.90}
+Progress = Callable[[int, int], None]
 
 _bench: Bench | None = None
 
 
-def bench_for(options: Options, cases: Sequence[str] | None, work: Path) -> Bench:
+def chosen(kinds: Sequence[str] | None = None, fast: bool = False) -> list[Fault]:
+    """The faults of some classes, all by default; of the fast subset only what needs no exported bundle."""
+    found = [fault for kind in kinds or KINDS for fault in faults(kind)]
+    if not fast:
+        return found
+    quick = [fault for fault in found if fault.target != "asset" and not fault.equivalent]
+    return [fault for kind in KINDS for fault in [one for one in quick if one.kind == kind][:FAST_EACH]]
+
+
+def bench_for(options: Options, fast: bool, work: Path) -> Bench:
     """What the trials of one process share."""
     import torch
 
     torch.set_num_threads(1)
     subject = Subject(options)
-    subject.keep_cases(cases)
+    if fast:
+        subject.keep_cases(FAST)
+        subject.__dict__["policy"] = replace(subject.policy, min_cases=len(FAST))
     return Bench(subject, work)
 
 
-def run(options: Options, chosen: Sequence[Fault], *, fast: bool = False, jobs: int = 1,
-        progress: Callable[[int, int], None] = lambda done, total: None) -> list[Result]:
-    """Try the chosen faults, in their order. Raises HarnessError where the healthy conversion itself is not clean."""
+def run(options: Options, tried: Sequence[Fault], *, fast: bool = False, jobs: int = 1,
+        progress: Progress = lambda done, total: None) -> tuple[list[Result], list[Result]]:
+    """Results of the faults, in their order, and of the healthy controls."""
     with tempfile.TemporaryDirectory(prefix="harness-faults-") as folder:
-        cases = FAST if fast else None
-        bench = bench_for(options, cases, Path(folder))
-        _needs_bundle(bench, chosen)
-        options = replace(bench.subject.options, **_given(bench, chosen))
-        results = []
+        bench, results = bench_for(options, fast, Path(folder)), []
         try:
-            for result in _tried(bench, options, chosen, cases, Path(folder), jobs):
+            if any(fault.target == "asset" for fault in tried):
+                _ = bench.bundles
+            controls = healthy(bench)
+            for result in _tried(bench, tried, fast, Path(folder), jobs):
                 results.append(result)
-                progress(len(results), len(chosen))
+                progress(len(results), len(tried))
         finally:
             bench.subject.close()
-    return results
+    return results, controls
+
+
+def make(options: Options, arguments: Any, progress: Progress) -> dict[str, Any]:
+    """The record of what the command line asks for: `kinds`, `fast`, `jobs`, `command`."""
+    tried = chosen(arguments.kinds, arguments.fast)
+    results, controls = run(options, tried, fast=arguments.fast, jobs=arguments.jobs, progress=progress)
+    checkpoint = Subject(options).checkpoint
+    return record(results, controls, arguments.command, {"name": checkpoint.name, "digest": checkpoint.digest})
 
 
 def healthy(bench: Bench) -> list[Result]:
-    """The same trials with nothing switched on, one a target: none may be stopped."""
+    """Trials with nothing switched on, one a target: none may be stopped."""
     targets = ("graph", "host", "bundle", "engine")
     return [bench.try_out(Fault("control", f"healthy_{target}", f"nothing switched on ({target})", target, "", "none", None,
                                 "derived", True, lambda thing: None)) for target in targets]
 
 
-def _tried(bench: Bench, options: Options, chosen: Sequence[Fault], cases: Sequence[str] | None, folder: Path,
-           jobs: int) -> Iterator[Result]:
+def _tried(bench: Bench, tried: Sequence[Fault], fast: bool, folder: Path, jobs: int) -> Iterator[Result]:
     if jobs == 1:
-        yield from map(bench.try_out, chosen)
+        yield from map(bench.try_out, tried)
         return
+    options = replace(bench.subject.options, oracle=bench.subject.oracle.path)
+    bundles = bench.bundles if "bundles" in bench.__dict__ else None
     # Spawned, not forked: torch's thread pools do not survive a fork.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (options, cases, folder)) as pool:
-        yield from pool.map(_one, [fault.id for fault in chosen])
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (options, fast, folder, bundles)) as pool:
+        yield from pool.map(_one, [fault.id for fault in tried])
 
 
-def _begin(options: Options, cases: Sequence[str] | None, folder: Path) -> None:
+def _begin(options: Options, fast: bool, folder: Path, bundles: tuple[Path, Path] | None) -> None:
     global _bench
-    _bench = bench_for(options, cases, folder)
+    _bench = bench_for(options, fast, folder)
+    if bundles:
+        _bench.use(*bundles)
 
 
 def _one(name: str) -> Result:
     return _bench.try_out(next(fault for fault in faults() if fault.id == name))
-
-
-def _needs_bundle(bench: Bench, chosen: Sequence[Fault]) -> None:
-    if any(fault.target == "asset" for fault in chosen):
-        _ = bench.bundles
-
-
-def _given(bench: Bench, chosen: Sequence[Fault]) -> dict[str, Any]:
-    """Where the bundles lie, so that other processes do not export them again; and the oracle."""
-    found: dict[str, Any] = {"oracle": bench.subject.oracle.path}
-    if any(fault.target == "asset" for fault in chosen):
-        found |= dict(zip(("bundle", "vision_bundle"), bench.bundles))
-    return found
 
 
 def tally(results: Sequence[Result]) -> list[dict[str, Any]]:

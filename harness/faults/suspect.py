@@ -105,7 +105,7 @@ class Suspect(Subject):
         """Tables of the bundle under test."""
         if self.tables is None:
             raise Undecided("no bundle is under test")
-        return (self.tables,)
+        return self.tables.programs()
 
     def twin(self, grid: tuple[int, int]) -> Reference:
         """The twin, of the model under test where that is bent."""

@@ -1,6 +1,6 @@
 """A bundle's tables as the recipe says they must lie, made without exporting: what quantization faults change.
 
-It answers as `harness.engines.program.Program` does (`weights`, `attributes`), so the weight audit reads it like a real one.
+Its programs answer as `harness.engines.program.Program` does (`weights`, `attributes`), so the rung reads them like real ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from harness.graph.decoder import MASKED
+from harness.graph.norms import inverse_frequencies
 from harness.graph.quantize import RECIPES, expected_codes, planned_weights
 from harness.graph.reference import POSITIONS, PATCH
-from harness.graph.vision import LAYER_NORM_EPS, interpolate_positions
+from harness.graph.vision import LAYER_NORM_EPS, interpolate_positions, rotary_tables
 from harness.subject import Subject
+
+OURS = ("rope.inv_freq", "vision.cos", "vision.sin")
+"""Names of tables that no checkpoint holds."""
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Table:
     def stored(self) -> str:
         """As `program.Weight.stored` says it."""
         if self.codes is None:
-            return "f16"
+            return {"float16": "f16", "float32": "f32"}[str(self.plain.dtype)]
         return f"si8 x f16/{self.codes.shape[1] // self.scale.shape[1]}"
 
     @property
@@ -60,21 +64,27 @@ class Table:
 
 @dataclass
 class Tables:
-    """Tables by checkpoint name, the attributes of both programs, and the model's own names for what is under test."""
+    """Tables by checkpoint name, and under names of their own those that no checkpoint holds; attributes of each program."""
 
     subject: Subject
     tables: dict[str, Table] = field(default_factory=dict)
-    attributes: list[dict[str, Any]] = field(default_factory=list)
+    decoder: list[dict[str, Any]] = field(default_factory=list)
+    vision: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def weights(self) -> list[Table]:
-        """In order of use."""
-        return sorted(self.tables.values(), key=lambda table: table.at)
+    def programs(self) -> tuple[SimpleNamespace, SimpleNamespace]:
+        """Decoder and vision program, tables in order of use."""
+        ordered = sorted(self.tables.values(), key=lambda table: table.at)
+        parts = ([table for table in ordered if table.name.startswith(("model.visual", "vision.")) is wanted]
+                 for wanted in (False, True))
+        return tuple(SimpleNamespace(weights=tables, attributes=attributes)
+                     for tables, attributes in zip(parts, (self.decoder, self.vision)))
 
     def values(self) -> dict[str, Tensor]:
         """What the bundle computes with, by checkpoint name and in the checkpoint's shapes, float16."""
         found = {}
         for name, table in self.tables.items():
+            if name in OURS:
+                continue
             tensor = torch.from_numpy(np.array(table.rows(), dtype=np.float16))
             found[name] = tensor.reshape(self.subject.checkpoint.tensor(name).shape) if name == PATCH else tensor
         found[POSITIONS] = self.subject.checkpoint.tensor(POSITIONS).half()
@@ -95,21 +105,25 @@ def ship(subject: Subject) -> Tables:
         codes, scale = (part.numpy() for part in expected_codes(flat, scheme))
         shipped.tables[name] = Table(name, at, codes=codes.copy(), scale=scale.copy(),
                                      offset=np.zeros(scale.shape, np.int8))
-    shipped.attributes = attributes(subject)
+    geometry = subject.geometry
+    cos, sin = rotary_tables(*grid, geometry.merge, geometry.vision_hidden // geometry.vision_heads)
+    ours = inverse_frequencies(geometry.rope_theta, geometry.head_dim // 2), cos, sin
+    shipped.tables |= {name: Table(name, 0, plain=table.numpy().copy()) for name, table in zip(OURS, ours)}
+    shipped.decoder, shipped.vision = attributes(subject)
     return shipped
 
 
-def attributes(subject: Subject) -> list[dict[str, Any]]:
-    """The scalars of both programs as our exporter writes them."""
+def attributes(subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The scalars of both programs as our exporter writes them: decoder, vision."""
     geometry = subject.geometry
     size = geometry.vision_hidden // geometry.vision_heads
-    rows = [("eps", geometry.rms_eps, 4 * geometry.layers + 1, None), ("scale", geometry.head_dim**-0.5, geometry.layers, None),
-            ("fill", MASKED, geometry.layers, None),
-            ("eps", LAYER_NORM_EPS, 2 * geometry.vision_layers + 1 + len(geometry.deepstack_taps), "layer_norm"),
-            ("scale", size**-0.5, geometry.vision_layers, None), ("approximate", "tanh", geometry.vision_layers, None),
-            ("approximate", "none", 1 + len(geometry.deepstack_taps), None)]
-    return [{"op": name, "at": 0, "writes": 0, "composite": composite, "name": name, "value": value}
-            for name, value, count, composite in rows for _ in range(count)]
+    norms = 4 * geometry.layers + 1, 2 * geometry.vision_layers + 1 + len(geometry.deepstack_taps)
+    decoder = ("eps", geometry.rms_eps, norms[0]), ("scale", geometry.head_dim**-0.5, geometry.layers), (
+        "fill", MASKED, geometry.layers)
+    vision = ("eps", LAYER_NORM_EPS, norms[1]), ("scale", size**-0.5, geometry.vision_layers), (
+        "approximate", "tanh", geometry.vision_layers), ("approximate", "none", 1 + len(geometry.deepstack_taps))
+    return tuple([{"name": name, "value": value} for name, value, count in rows for _ in range(count)]
+                 for rows in (decoder, vision))
 
 
 def _order(name: str) -> tuple[bool, int, str]:

@@ -16,6 +16,7 @@ from harness.faults import Fault, baselines
 from harness.faults.place import matches, op, same_block
 from harness.faults.suspect import Host, Suspect
 from harness.faults.tables import ship
+from harness.gate import fold
 from harness.localize import broken
 from harness.rungs import CHECKS, answers
 from harness.run import Run
@@ -72,22 +73,18 @@ class Bench:
 
     def __init__(self, subject: Subject, work: Path) -> None:
         self.subject, self.work = subject, work
-        subject.__dict__["oracle"] = self._oracle(subject)
+        subject.__dict__["oracle"] = _oracle(subject)
         for name in subject.cases:
             _ = subject.recorded(name).trace
         for name in subject.engine_cases():
             subject.twin_trace(name, subject.twin_tokens(name))
 
-    @staticmethod
-    def _oracle(subject: Subject) -> Any:
-        if subject.options.oracle is not None:
-            return subject.oracle
-        from harness.oracle import record
-
-        folder = recorded_folder(subject.checkpoint, subject.options.device)
-        return record(subject.checkpoint, list(subject.cases.values()), folder.with_name(folder.name + "-inside"),
-                      device=subject.options.device, inside="all",
-                      progress=lambda what, done, total: subject.progress("record", done, total))
+    @classmethod
+    def like(cls, other: Bench, options: Any) -> Bench:
+        """Another bench on the same cases."""
+        subject = Subject(options)
+        subject.__dict__.update(cases=other.subject.cases, policy=other.subject.policy, oracle=other.subject.oracle)
+        return cls(subject, other.work)
 
     @cached_property
     def green(self) -> Run:
@@ -99,6 +96,10 @@ class Bench:
         for rung, check in CHECKS.items():
             for case in check.plan(suspect):
                 run.verdicts += answers(check, suspect, case)
+        decision = fold(run.verdicts, self.subject.policy)
+        if decision.outcome is not Outcome.PASS:
+            raise HarnessError(f"healthy, and yet {decision.reason}", where="the run that evidence is made of",
+                               fix="calibrate the bounds for this checkpoint")
         run.policy, run.bounds = self.subject.policy.record(), self.subject.bounds.record()
         run.subject = {"bundle": {"digest": BUNDLE}, "checkpoint": {"digest": self.subject.checkpoint.digest}}
         return run
@@ -108,11 +109,22 @@ class Bench:
         """Decoder and vision bundle: given, or exported once."""
         return self.subject.bundle.path, self.subject.vision_bundle.path
 
+    def use(self, decoder: Path, vision: Path) -> None:
+        """Take these bundles instead of exporting."""
+        self.__dict__["bundles"] = decoder, vision
+
+    @cached_property
+    def programs(self) -> tuple[Any, ...]:
+        """What the healthy bundles hold."""
+        from harness.engines.program import read_constants
+
+        return tuple(read_constants(path / f"{path.name}.aimodel") for path in self.bundles)
+
     def files(self, folder: Path) -> Any:
         """A copy of the bundles, to be changed."""
         from harness.faults.files import Files
 
-        return Files(*self.bundles, folder, self.subject.programs())
+        return Files(*self.bundles, folder, self.programs)
 
     def try_out(self, fault: Fault) -> Result:
         """Switch one fault on and look."""
@@ -141,13 +153,17 @@ class Bench:
                 _settle(fault, result, "check", "*", None, "ERROR", refused)
                 return
         else:
-            subject = self._suspect(fault)
-        verdicts = climb(subject, LOOKS[fault.target])
+            subject = self.suspect(fault)
+        looks = LOOKS[fault.target]
+        if fault.equivalent and fault.rung != "none":
+            looks = [row for row in looks if matches(row[0], fault.rung)]
+        verdicts = climb(subject, looks)
         _name(fault, result, subject, verdicts)
         if fault.target in ("graph", "engine", "bundle"):
             result.gates = baselines.verdicts(subject, on_engine=fault.target != "graph")
 
-    def _suspect(self, fault: Fault) -> Suspect:
+    def suspect(self, fault: Fault) -> Suspect:
+        """A Subject with the fault switched on."""
         suspect = Suspect(self.subject)
         if fault.target == "graph":
             suspect.bend_graph = fault.apply
@@ -172,6 +188,18 @@ class Bench:
         found = examine(evidence)
         if found:
             _settle(fault, result, "verify", found[0], None, "FAIL", found[1])
+
+
+def _oracle(subject: Subject) -> Any:
+    """The oracle given, or ours with the inside of every layer, so that no trial records it again to zoom in."""
+    if subject.options.oracle is not None:
+        return subject.oracle
+    from harness.oracle import record
+
+    folder = recorded_folder(subject.checkpoint, subject.options.device)
+    return record(subject.checkpoint, list(subject.cases.values()), folder.with_name(folder.name + "-inside"),
+                  device=subject.options.device, inside="all",
+                  progress=lambda what, done, total: subject.progress("record", done, total))
 
 
 def climb(subject: Subject, looks: Sequence[tuple[str, tuple[str, ...] | None]]) -> list[Verdict]:

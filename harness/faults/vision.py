@@ -158,13 +158,13 @@ def embedding_normalised_first(graph: Reference) -> None:
     wrap(graph.vision.patch_embed, "forward", lambda plain, patches: plain(patches) * 1.02)
 
 
-@fault("graph", "vision", "none", equivalent=True, source="B12")
+@fault("graph", "none", "none", equivalent=True, source="B12")
 def vision_coordinates_from_one(graph: Reference) -> None:
     """rows and columns of the vision rotation counted from one"""
     _turn_by(graph, block_major(*graph.grid, graph.geometry.merge) + 1)
 
 
-@fault("graph", "vision", "none", equivalent=True, source="B07")
+@fault("graph", "none", "none", equivalent=True, source="B07")
 def patch_kernel_folded(graph: Reference) -> None:
     """both temporal slices of the kernel summed at run time, for a still image"""
     geometry, linear = graph.geometry, graph.vision.patch_embed.proj

@@ -160,7 +160,7 @@ def merger_rounded(graph: Reference) -> None:
     linear.weight.data = linear.weight.data.to(torch.float8_e4m3fn).float()
 
 
-@fault("graph", "weights", "none", equivalent=True, source="B19")
+@fault("graph", "none", "none", equivalent=True, source="B19")
 def head_copied(graph: Reference) -> None:
     """the head held as a second, equal tensor"""
     graph.decoder.lm_head.weight = torch.nn.Parameter(graph.decoder.lm_head.weight.data.clone())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.checkpoint import Geometry
+from harness.geometry import Geometry
 from harness.graph.contract import rope_axis
 from harness.graph.norms import RMSNorm, inverse_frequencies, rotate
 from harness.graph.protocol import Tap, untapped

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.checkpoint import Checkpoint, Geometry
+from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
 from harness.graph.reference import EMBEDDING, HEAD, POSITIONS, TEXT, VISION, checkpoint_name
 from harness.graph.vision import Vision

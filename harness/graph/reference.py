@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import Geometry, open_checkpoint
+from harness.checkpoint import open_checkpoint
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
 from harness.graph.norms import cast_weights
 from harness.graph.protocol import Tap, untapped

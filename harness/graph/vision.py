@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.checkpoint import Geometry
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.norms import inverse_frequencies, rotate
 from harness.graph.protocol import Tap, untapped
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb, apply_rotary_pos_emb_vision
 
-from harness.checkpoint import Geometry
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.trace import decoder_seams, layer_of, vision_seams
 
 Inside = frozenset[int] | Literal["all"] | None

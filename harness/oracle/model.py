@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging
 
-from harness.checkpoint import Checkpoint, Geometry
+from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 
 
 def true_fp32() -> dict[str, str]:

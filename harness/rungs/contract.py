@@ -1,4 +1,7 @@
-"""Contract: what follows from (id, position) alone is exact: the host's rope shift, in-graph planes, DeepStack rows."""
+"""Contract: what follows from (id, position) alone is exact: the host's rope shift, in-graph planes, DeepStack rows.
+
+Behind the cases stand the probes: every operation on inputs that no prompt has, see `harness.probes`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,24 @@ import numpy as np
 
 from harness.graph.contract import positions
 from harness.ladder import exact
+from harness.probes import planned
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
-NAME = "contract"
+NAME, PROBES = "contract", "probes"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     """Host planes and graph planes for every case; the DeepStack additions where there is an image."""
     taps = [f"deepstack.{tap}" for tap in range(len(subject.geometry.deepstack_taps))]
-    return {name: ["host.positions", "graph.positions", *(taps if case.images else [])]
-            for name, case in subject.cases.items()}
+    return {**{name: ["host.positions", "graph.positions", *(taps if case.images else [])]
+               for name, case in subject.cases.items()}, PROBES: planned(subject.geometry)}
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """Exact comparisons with HF's planes and with index arithmetic."""
+    if case == PROBES:
+        return _probes(subject)
     geometry, recorded, ids = subject.geometry, subject.recorded(case), subject.sequence(case)
     grid = recorded.inputs.grid
     merged = (grid[1] // geometry.merge, grid[2] // geometry.merge) if grid else None
@@ -31,13 +37,41 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     verdicts = [exact(NAME, case, "host.positions", recorded.positions, ours, "planes from extension ids and rope shift")]
     trace = subject.graph_trace(case, "accumulated")
     if "decoder.positions" in trace:
-        verdicts.append(exact(NAME, case, "graph.positions", recorded.positions, trace["decoder.positions"].T,
-                              "planes inside the graph"))
+        verdicts.append(_planes(case, recorded.positions, trace["decoder.positions"].T))
     else:
         verdicts.append(Verdict(NAME, case, "graph.positions", Outcome.SKIP, "the graph under test does not offer them"))
     if merged:
         image = host.ids >= geometry.vocab
         verdicts += [_deepstack(case, tap, trace, image) for tap in range(len(geometry.deepstack_taps))]
+    return verdicts
+
+
+def _planes(case: str, expected: np.ndarray, found: np.ndarray) -> Verdict:
+    """Equal, or apart by one constant: attention sees differences of positions only."""
+    apart = offset(expected, found)
+    words = f"planes inside the graph, {apart} further throughout" if apart else "planes inside the graph"
+    return exact(NAME, case, "graph.positions", expected + apart, found, words)
+
+
+def offset(expected: np.ndarray, found: np.ndarray) -> int:
+    """The constant by which all positions differ, 0 where there is none."""
+    if expected.shape != found.shape or not expected.size:
+        return 0
+    apart = found.astype(np.int64) - expected
+    return int(apart.flat[0]) if (apart == apart.flat[0]).all() else 0
+
+
+def _probes(subject: Subject) -> list[Verdict]:
+    """Each reading as a verdict; its figure counts in what float32 rounding may cost there, so the bound is 1."""
+    from harness.probes import probe
+
+    verdicts = []
+    for one in probe(subject.conversion(subject.options.grid), subject.checkpoint, subject.options.grid):
+        if one.error is None:
+            verdicts.append(Verdict(NAME, PROBES, one.seam, Outcome.SKIP, one.lacking))
+            continue
+        verdicts.append(Verdict(NAME, PROBES, one.seam, Outcome.PASS if one.error <= 1 else Outcome.FAIL, one.words,
+                                "roundings", one.error, 1.0))
     return verdicts
 
 

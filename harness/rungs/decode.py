@@ -13,6 +13,7 @@ from harness.engines import Request
 from harness.greedy import greedy
 from harness.ladder import judge
 from harness.metrics import kl_divergence
+from harness.rungs.contract import offset
 from harness.subject import Subject
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
@@ -35,9 +36,26 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
     oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
-    return [*judge(NAME, case, seams, by_layer(oracle), {"": by_layer(trace)}, subject.bounds),
+    return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
+
+
+def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
+    """The oracle's keys as a graph holds them whose positions are all a constant further: attention cannot tell."""
+    planes = subject.graph_trace(case, "accumulated").get("decoder.positions")
+    apart = 0 if planes is None else offset(subject.recorded(case).positions, planes.T)
+    if not apart:
+        return cache
+    geometry = subject.geometry
+    lanes = geometry.head_dim // 2
+    turn = np.exp(1j * apart * geometry.rope_theta ** -(np.arange(lanes) / lanes))
+
+    def turned(keys: np.ndarray) -> np.ndarray:
+        wide = (keys[..., :lanes] + 1j * keys[..., lanes:]) * turn
+        return np.concatenate([wide.real, wide.imag], axis=-1).astype(np.float32)
+
+    return Trace({name: turned(array) if ".keys." in name else array for name, array in cache.items()})
 
 
 def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarray, limit: float) -> Verdict:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.checkpoint import Geometry
+from harness.geometry import Geometry
 from harness.ladder import judge
 from harness.rungs.decode import by_layer
 from harness.subject import Subject
@@ -26,7 +26,8 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
         vision = vision_seams(subject.geometry) if subject.cases[case].images else ()
         seams[case] = (*vision, *_with_cache(subject.geometry))
     if subject.options.bundle is None:
-        seams |= {case + SHARP: planned for case, planned in seams.items()}
+        # The sharp twin first: what breaks there is structure, and it breaks at its own place.
+        seams = {**{case + SHARP: planned for case, planned in seams.items()}, **seams}
     return seams
 
 

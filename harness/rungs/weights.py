@@ -8,6 +8,7 @@ import numpy as np
 
 from harness.audit import Expected, Finding, audit
 from harness.errors import Undecided
+from harness.rungs import constants
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
@@ -20,18 +21,18 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
-    """Every tensor of the checkpoint, in the graph and in the bundle, and one row each for what has no source."""
+    """Every tensor of the checkpoint, in the graph and in the bundle, one row each for what has no source, and constants."""
     names, head = subject.checkpoint.names(), ()
     if "lm_head.weight" not in names and subject.mode == "int8hu":
         head = ("lm_head.weight",)  # a quantized head is a copy of its own, also where the checkpoint ties it
-    return {"graph": (*names, EXTRA), "bundle": (*names, *head, EXTRA)}
+    return {"graph": (*names, EXTRA), "bundle": (*names, *head, EXTRA), constants.CASE: constants.SEAMS}
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """Exact for the float32 graph; for the bundle exact as well, codes and scales against the quantizer's formula."""
-    if case == "graph":
-        return _graph(subject)
-    return _bundle(subject)
+    if case == constants.CASE:
+        return constants.constants(subject)
+    return _graph(subject) if case == "graph" else _bundle(subject)
 
 
 def _graph(subject: Subject) -> list[Verdict]:

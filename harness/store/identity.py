@@ -14,6 +14,8 @@ from harness.checkpoint import read_json
 from harness.errors import HarnessError, within
 
 SCHEMA = 1
+EXACT = ("ieee", "none")
+"""What torch calls products of float32 that are float32."""
 AGAIN = "remove the case's directory and run `harness record`; the other cases are kept"
 
 
@@ -47,6 +49,14 @@ class Identity:
         if held != known:
             raise HarnessError(f"the identity is not one of ours ({', '.join(sorted(known ^ held))})")
         return cls(**record)
+
+    @property
+    def lossy(self) -> str:
+        """What of this identity is narrower than float32, "" where nothing is."""
+        if self.dtype != "float32":
+            return f"dtype {self.dtype}"
+        narrow = sorted(f"{name} in {kind}" for name, kind in self.precision.items() if kind not in EXACT)
+        return narrow[0] if narrow else ""
 
     def differs(self, other: Identity) -> str | None:
         """The first field in which the other differs, in words, or None."""

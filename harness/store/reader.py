@@ -16,6 +16,10 @@ from harness.store.files import read_tensors, safe_name
 from harness.store.identity import AGAIN, SCHEMA, Identity, definition, digest, need, read_manifest
 from harness.trace import Trace
 
+NARROW = {"bfloat16": 0xFFFF, "float16 or TF32": 0x1FFF}
+"""Bits of a float32 that a narrower type lacks."""
+LEAST = 256
+"""Values that must be there before their digits say anything."""
 INPUTS, ROLLOUT = "inputs", "rollout"
 """The parts that are no activations; every other part belongs to the trace."""
 
@@ -30,7 +34,7 @@ class Oracle:
     def open(cls, path: Path, checkpoint_digest: str | None = None) -> Oracle:
         """Open for reading; with `checkpoint_digest`, refuse an oracle recorded from another checkpoint.
 
-        Raises HarnessError where it is no oracle, of another schema, of another checkpoint, or holds no whole case.
+        Raises HarnessError where it is no oracle, of another schema or checkpoint, not of float32, or holds no whole case.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
@@ -41,6 +45,9 @@ class Oracle:
                                f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint "
                                f"given has {checkpoint_digest[:12]}", where=path,
                                fix="record it again for this checkpoint")
+        if identity.lossy:
+            raise HarnessError(f"was not recorded in true float32: {identity.lossy}", where=path,
+                               fix="record it again with this tool")
         digests = {}
         for file in sorted(path.glob("cases/*/case.json")):
             with within(file):
@@ -139,6 +146,14 @@ class OracleCase:
         for part in self._trace_parts():
             arrays |= self._load(part, wanted)
         return Trace(arrays, dict(self.facts))
+
+    def rounded(self) -> str | None:
+        """Which narrower type all values of the final norm would fit, or None: float32 values use all their digits."""
+        held = self.load(("decoder.norm",)).get("decoder.norm")
+        if held is None or held.dtype != np.float32 or held.size < LEAST:
+            return None
+        bits = held.view(np.uint32)
+        return next((name for name, tail in NARROW.items() if not (bits & tail).any()), None)
 
     def _trace_parts(self) -> Iterator[str]:
         return (part for part in self._tensors if part not in (INPUTS, ROLLOUT))
