@@ -87,7 +87,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("report", type=Path, help="report folder with run.json and certificate.json")
     parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
     parser.add_argument("--policy", type=Path, metavar="TOML",
-                        help="policy that the run's own must not be laxer than (default: ladders/policy.toml)")
+                        help="policy that the run's own must not be laxer than")
 
 
 def report(parser: argparse.ArgumentParser) -> None:
