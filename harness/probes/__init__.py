@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from harness.checkpoint import Checkpoint
 from harness.graph.protocol import Conversion
-from harness.trace import decoder_seams, vision_seams
+from harness.trace import Depths, decoder_seams, vision_seams
 
 DECODER_OPS = ("input_norm", "attn.q_norm", "attn.k_norm", "attn.q_rope", "attn.k_rope", "attn.context", "post_norm",
                "mlp.act")
@@ -32,14 +32,19 @@ class Reading:
     lacking: str = ""
 
 
-def planned(depths) -> tuple[str, ...]:
-    """Seams that are probed: the operations of every layer and merger, then the behaviour from call to call."""
-    inside = (*vision_seams(depths, inside=True), *decoder_seams(depths, inside=True))
+def planned(depths: Depths) -> tuple[str, ...]:
+    """Seams that are probed: operations of every layer and merger, the cache of every layer, behaviour between calls."""
     ops = {"vision.layers": VISION_OPS, "decoder.layers": DECODER_OPS, "vision.merger": MERGER_OPS,
            "vision.deepstack": MERGER_OPS}
-    return (*(seam for seam in inside if seam == "decoder.norm" or any(
-        seam.startswith(family) and seam.endswith(tuple("." + op for op in names))
-        for family, names in ops.items())), *CALLS)
+    found = []
+    for seam in (*vision_seams(depths, inside=True), *decoder_seams(depths, inside=True)):
+        family = next((names for prefix, names in ops.items() if seam.startswith(prefix)), ())
+        if seam == "decoder.norm" or seam.endswith(tuple(f".{op}" for op in family)):
+            found.append(seam)
+        if seam.startswith("decoder.") and seam.endswith(".attn.context"):
+            layer = seam.split(".")[2]
+            found += [f"kv.keys.{layer}", f"kv.values.{layer}"]
+    return (*found, *CALLS)
 
 
 def probe(conversion: Conversion, checkpoint: Checkpoint, grid: tuple[int, int]) -> Iterator[Reading]:

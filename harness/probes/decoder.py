@@ -10,6 +10,7 @@ fault: rotations are compared with the first token's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ TEXT = "model.language_model"
 FAR = (1_000, 10_000, 100_000)
 BEHIND = ((129, 5), (130, 1), (257, 5), (4100, 5))
 """Calls of the length ladder: tokens in all, tokens in the call."""
+SPARE = 2
+"""Slots behind the last token, which no call may touch."""
 ROW = 1e-5
 """Share of a row's largest value that float32 sums over it may cost: 80 ulp, for rows of up to 1e5 values."""
 NEEDS = {"input_norm": (), "post_norm": ("attn.out",), "attn.q_norm": ("input_norm",), "attn.k_norm": ("input_norm",),
@@ -39,9 +42,16 @@ def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> 
     missing = {seam: lacks(conversion, seam, *_needed(geometry, *place)) for seam, place in wanted.items()}
     last = _output(geometry.layers - 1, geometry)
     missing["decoder.norm"] = lacks(conversion, "decoder.norm", last)
+    caches = {f"kv.{name}.{layer:02d}": (part, layer) for layer in range(geometry.layers)
+              for part, name in enumerate(("keys", "values"))}
+    for seam, (part, layer) in caches.items():
+        found = lacks(conversion, _source(part, layer))
+        missing[seam] = found and replace(found, seam=seam)
     bench = None if all(missing.values()) else _Bench(conversion, geometry, grid)
     for seam, place in wanted.items():
         yield missing[seam] or _operation(bench, checkpoint, *place)
+    for seam, place in caches.items():
+        yield missing[seam] or _written(bench, seam, *place)
     yield missing["decoder.norm"] or _final(bench.main, checkpoint, last)
 
 
@@ -63,12 +73,12 @@ class _Bench:
         shift = 3 + conversion.slots, conversion.slots - max(grid) // geometry.merge
         most = geometry.max_positions
         self.planes = positions(ids, geometry.vocab, *shift, grid[1] // geometry.merge)
-        self.main = _run(conversion, geometry, ids, len(ids), shift, cache_for(geometry, len(ids)), seed=1)
+        self.main = _run(conversion, geometry, ids, len(ids), shift, cache_for(geometry, len(ids) + SPARE, 5), seed=1)
         self.places = sorted({min(place, most - 8) for place in FAR})
-        self.far = [_run(conversion, geometry, np.arange(8), 8, (0, -place), cache_for(geometry, 8), seed=2)
+        self.far = [_run(conversion, geometry, np.arange(8), 8, (0, -place), cache_for(geometry, 8 + SPARE), seed=2)
                     for place in self.places]
         self.behind = [_run(conversion, geometry, np.arange(count), total, (NO_SHIFT, 0),
-                            cache_for(geometry, total, seed=total), seed=3)
+                            cache_for(geometry, total + SPARE, total), seed=3)
                        for total, count in sorted({(min(total, most), count) for total, count in BEHIND})]
 
 
@@ -86,11 +96,16 @@ def _operation(bench: _Bench, checkpoint: Checkpoint, layer: int, op: str) -> Re
     return _activation(bench.main, name)
 
 
+@dataclass(frozen=True)
 class _Run:
-    """What went in at each seam, what came there, and the cache before and after."""
+    """What went in at each seam, what came there, tokens of the call and in all, and the cache before and after."""
 
-    def __init__(self, values: Arrays, seen: Arrays, count: int, before: tuple[np.ndarray, np.ndarray]) -> None:
-        self.values, self.seen, self.count, self.before = values, seen, count, before
+    values: Arrays
+    seen: Arrays
+    count: int
+    total: int
+    before: tuple[np.ndarray, ...]
+    after: tuple[np.ndarray, ...]
 
 
 def _run(conversion: Any, geometry: Geometry, ids: np.ndarray, total: int, shift: tuple[int, int],
@@ -98,7 +113,7 @@ def _run(conversion: Any, geometry: Geometry, ids: np.ndarray, total: int, shift
     feed = Feed(_values(geometry, len(ids), seed))
     before = tuple(part.numpy().copy() for part in cache)
     decode(conversion, ids, total, image_rows(conversion, geometry, seed), shift, cache, feed)
-    return _Run(feed.values, feed.seen, len(ids), before)
+    return _Run(feed.values, feed.seen, len(ids), total, before, tuple(part.numpy() for part in cache))
 
 
 def _values(geometry: Geometry, count: int, seed: int) -> Arrays:
@@ -185,7 +200,7 @@ def _attention(run: _Run, geometry: Geometry, layer: int) -> Reading:
     """Softmax over what went in and what the cache held. Scores of a few units lose a few ulp, and weights as much."""
     name = f"decoder.layers.{layer:02d}"
     q, k, v = (run.values[f"{name}.attn.{part}"] for part in ("q_rope", "k_rope", "v"))
-    past = run.before[0].shape[3] - run.count
+    past = run.total - run.count
     keys, values = (np.concatenate([state[layer, 0, :, :past].transpose(1, 0, 2), new])
                     for state, new in zip(run.before, (k, v)))
     visible = np.arange(past + run.count)[None] <= past + np.arange(run.count)[:, None]
@@ -193,6 +208,22 @@ def _attention(run: _Run, geometry: Geometry, layer: int) -> Reading:
     seam = f"{name}.attn.context"
     return reading(seam, run.seen[seam].reshape(run.count, -1), expected, 1e-5 * np.abs(values).max(),
                    f"attention of {run.count} queries over {past + run.count} keys")
+
+
+def _source(part: int, layer: int) -> str:
+    """The seam whose value goes into the cache of keys (0) or values (1)."""
+    return f"decoder.layers.{layer:02d}.attn.{('k_rope', 'v')[part]}"
+
+
+def _written(bench: _Bench, seam: str, part: int, layer: int) -> Reading:
+    """The cache read back slot by slot: what went in stands in its slots, and every other slot is what it was."""
+    def read(run: _Run) -> Reading:
+        expected = run.before[part][layer, 0].transpose(1, 0, 2).astype(np.float64)
+        expected[run.total - run.count:run.total] = run.values[_source(part, layer)]
+        return reading(seam, run.after[part][layer, 0].transpose(1, 0, 2).astype(np.float64), expected, 8 * ULP,
+                       f"cache slots behind a call of {run.count} tokens, {run.total} in all")
+
+    return _worst(read(run) for run in (bench.main, *bench.behind))
 
 
 def _activation(run: _Run, name: str) -> Reading:
