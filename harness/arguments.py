@@ -111,7 +111,9 @@ def faults(parser: argparse.ArgumentParser) -> None:
     add("--class", dest="kinds", action="append", choices=KINDS, metavar="CLASS",
         help=f"only this class (may be repeated): {', '.join(KINDS)}")
     add("--fast", action="store_true", help="a few faults of each class on three cases, without a bundle")
-    add("--benign", action="store_true", help="healthy variations instead: none may be flagged")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--benign", action="store_true", help="healthy variations instead: none may be flagged")
+    other.add_argument("--power", action="store_true", help="instead, the smallest error that each rung sees at each seam")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
     add("--json", action="store_true", help="print the record instead of the table")

@@ -155,13 +155,13 @@ def _calibrate(arguments: Arguments) -> int:
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()
-    write_atomic(arguments.out, to_toml(bounds, arguments.command))
+    write_atomic(arguments.out, to_toml(bounds, arguments.command, subject.checkpoint.name, subject.geometry))
     print(f"{len(bounds)} bounds written to {arguments.out}")
     return ExitCode.PASS
 
 
 def _faults(arguments: Arguments) -> int:
-    from harness.faults import benign, scoreboard
+    from harness.faults import benign, power, scoreboard
     from harness.run import json_text, write_files
     from harness.terminal import Screen
 
@@ -169,10 +169,11 @@ def _faults(arguments: Arguments) -> int:
     if arguments.jobs < 1:
         raise HarnessError(f"{arguments.jobs} processes", where="--jobs", fix="give 1 or more")
     with Screen(quiet=arguments.json) as screen:
-        made = benign if arguments.benign else scoreboard
+        made = benign if arguments.benign else power if arguments.power else scoreboard
         record = made.make(subject.options, arguments, lambda done, total: screen.step(arguments.verb, done, total))
-    text, name = made.markdown(record), "benign" if arguments.benign else "scoreboard"
-    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text})
+    text, name = made.markdown(record), made.__name__.rpartition(".")[2]
+    pictures = power.pictures(record) if made is power else {}
+    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text, **pictures})
     print(json.dumps(record) if arguments.json else text)
     return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
 

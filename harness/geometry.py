@@ -13,6 +13,8 @@ from typing import Any
 
 from harness.errors import HarnessError, within
 
+SHAPE = ("hidden", "layers", "heads", "head_dim", "intermediate", "vision_hidden", "vision_layers", "vision_intermediate")
+"""Sizes that rounding depends on: how long the sums are and how many follow each other."""
 _MISSING = object()
 
 
@@ -54,6 +56,11 @@ class Geometry:
     def position_side(self) -> int:
         """Side of the square table of learned vision positions."""
         return round(self.position_rows**0.5)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of `SHAPE` by name."""
+        return {name: getattr(self, name) for name in SHAPE}
 
     def record(self) -> dict[str, Any]:
         """Plain JSON types."""

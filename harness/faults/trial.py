@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time
@@ -136,6 +137,7 @@ class Bench:
             self._try(fault, result, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            gc.collect()  # a suspect and its loop hold each other; uncollected, the graphs of many trials pile up
         result.seconds = time.perf_counter() - started
         return result
 
