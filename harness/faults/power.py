@@ -216,9 +216,10 @@ def markdown(record: dict[str, Any]) -> str:
         seams = "any tensor" if row["rung"] == "weights" else _family(row["seam"])
         groups.setdefault((row["rung"], row["case"], seams, row["way"]), []).append(row["least"])
     lines = ["# The smallest error that each rung sees", "",
-             f"Made by `{record['command']}` on {record['created'][:10]}, {record['machine']['cpu']}, mode {record['mode']}, "
-             f"case {CASE}: a perturbation is injected into the thing under test and its relative size bisected until the rung",
-             "fails at that very seam. Over a family of seams, the one seen best and the one seen worst.", "",
+             f"Made by `{record['command']}` on {record['created'][:10]}, {record['machine']['cpu']}, mode {record['mode']}.",
+             f"A perturbation is injected into the thing under test (case {CASE}) and its relative size is bisected: this is the",
+             "smallest that makes the rung fail at that very seam. Of a family of seams, the one seen best and the one seen worst.",
+             "", "![The same as a plot](power.svg)", "",
              "| rung | on | seams | perturbed | best | worst |", "|---|---|---|---|---|---|"]
     for (rung, case, seams, way), sizes in groups.items():
         best, worst = min(sizes, key=_size), max(sizes, key=_size)

@@ -40,7 +40,7 @@ class Result:
     """What came of one fault. outcome: FAIL or ERROR where the run was stopped, PASS where it was let through.
 
     named: rung and seam that the report would put first. block, op: whether these are right; None where the fault has
-    no op. gates: for each common gate whether it stops the fault, None where it does not look at this target.
+    no op. cause: what the report says of it. gates: for each common gate whether it stops the fault, None where it does not look at this target.
     """
 
     fault: str
@@ -56,6 +56,7 @@ class Result:
     rung: bool = False
     block: bool = False
     op: bool | None = None
+    cause: str = ""
     gates: dict[str, bool | None] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -237,6 +238,7 @@ def _name(fault: Fault, result: Result, subject: Subject, verdicts: Sequence[Ver
     first = next((row for row in rows if not row["inherited"]), rows[0] if rows else None)
     if first is not None:
         _settle(fault, result, first["rung"], first["seam"], first["op"], "FAIL", f"{first['case']}: {first['reason']}")
+        result.cause = first["cause"] or ""
         return
     stopped = next((one for one in verdicts if one.outcome is Outcome.ERROR or (
         one.outcome is Outcome.SKIP and not subject.policy.excuses(one))), None)

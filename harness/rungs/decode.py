@@ -28,10 +28,8 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """One prefill and n single steps against the oracle."""
-    recorded = subject.recorded(case)
+    recorded, trace = subject.recorded(case), stepped(subject, case)
     tokens = recorded.rollout.tokens
-    request = Request(recorded.inputs, forced=tuple(int(token) for token in tokens), kv=True)
-    trace = next(subject.graph(case, stepwise=True).run([request]))
     first = recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
@@ -39,6 +37,13 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
+
+
+def stepped(subject: Subject, case: str) -> Trace:
+    """The prompt in one call of the graph under test, then the oracle's tokens one a call; logits and cache."""
+    recorded = subject.recorded(case)
+    request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)), kv=True)
+    return next(subject.graph(case, stepwise=True).run([request]))
 
 
 def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
