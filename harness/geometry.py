@@ -60,6 +60,23 @@ class Geometry:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Geometry:
+        """Inverse of `record`. Raises HarnessError where a value is missing, unknown, of another type or contradictory."""
+        with within("geometry"):
+            unknown = sorted(set(record) - set(cls.__dataclass_fields__))
+            if unknown:
+                raise HarnessError("no geometry has such a key", where=unknown[0])
+            kinds = {"int": int, "float": float, "bool": bool, "str": str}
+            found = {name: _need(record, name, kinds.get(str(field.type), list))
+                     for name, field in cls.__dataclass_fields__.items()}
+            lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+            if not all(type(part) is int for value in lists.values() for part in value):
+                raise HarnessError("holds something else than whole numbers")
+            geometry = cls(**{**found, **lists})
+            geometry._check(geometry.hidden)
+        return geometry
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Geometry:
         """Read an HF `config.json`. Raises HarnessError naming the key that is missing or not supported."""
         if config.get("model_type") != "qwen3_vl":

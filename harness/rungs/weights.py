@@ -8,12 +8,12 @@ import numpy as np
 
 from harness.audit import Expected, Finding, audit
 from harness.errors import Undecided
+from harness.plan import EXTRA
 from harness.rungs import constants
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
 NAME = "weights"
-EXTRA = "tensors nobody accounts for"
 POSITIONS, PATCH_BIAS = "model.visual.pos_embed.weight", "model.visual.patch_embed.proj.bias"
 SUBNORMAL = 2.0**-14
 """Least normal fp16."""
