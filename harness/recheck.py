@@ -52,11 +52,11 @@ def missing(run: Run) -> Iterator[str]:
     """Seams that a whole run of this geometry and these cases answers, and this one does not."""
     subject = run.subject
     try:
-        geometry = Geometry.from_record((subject.get("checkpoint") or {}).get("geometry") or {})
+        geometry = Geometry.from_record(_table(_table(subject.get("checkpoint")).get("geometry")))
     except HarnessError as error:
         yield f"what the run must have answered cannot be told: {error}"
         return
-    kinds = {row["name"]: Kind(bool(row.get("image")), row.get("engine") is not False) for row in run.cases
+    kinds = {row["name"]: Kind(bool(row.get("image")), row.get("engine") is not False) for row in map(_table, run.cases)
              if isinstance(row.get("name"), str)}
     judged = {verdict.case for verdict in run.verdicts if verdict.rung == "decoder"}
     yield from (f"case {name!r} was judged and is not described" for name in sorted(judged - set(kinds)))
@@ -155,8 +155,12 @@ def _engine(run: Run, verdict: Verdict) -> str:
         return str(mode)
     if verdict.rung not in ("engine", "tokens"):
         return ""
-    hidden = ((run.subject.get("checkpoint") or {}).get("geometry") or {}).get("hidden")
+    hidden = _table(_table(run.subject.get("checkpoint")).get("geometry")).get("hidden")
     return engine_key(run.engine.get("name"), mode, hidden, verdict.case.endswith(SHARP))
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _single(verdict: Verdict, value: float | None, bound: float) -> Verdict | None:

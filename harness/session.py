@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harness.attest import read_report
 from harness.errors import HarnessError, Undecided, within
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
 from harness.options import factory_of
-from harness.run import Run, json_text, machine, write_atomic, write_files
+from harness.run import Run, json_text, machine, write_files
+from harness.signing import SUFFIX
 from harness.store import Oracle
 from harness.subject import Subject
 from harness.trace import decoder_seams
@@ -80,7 +82,8 @@ def describe(subject: Subject, run: Run) -> None:
     """Fill in what was judged and by what; what cannot be known any more is left empty, the verdicts say why."""
     checkpoint = subject.checkpoint
     run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
-    run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
+    exported = subject.options.bundle is None
+    run.subject = {"exported": exported, "checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
                    "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
@@ -93,7 +96,7 @@ def describe(subject: Subject, run: Run) -> None:
     engine = _try(lambda: subject.shipped.engine) if started else None
     facts = engine.facts if engine else {}
     run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"), "platform": facts.get("platform"),
-                  "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
+                  "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype"), "build": facts.get("build")}
     run.speed = _try(lambda: speed(subject)) or {} if started else {}
     run.cases = [row for name in subject.cases
                  if subject.has_oracle and (row := _try(lambda name=name: case_row(subject, name)))]
@@ -189,43 +192,7 @@ def write(run: Run, subject: Subject, folder: Path) -> Decision:
 
     decision = fold(run.verdicts, subject.policy)
     record, signed = run.record(), certificate(run, subject.policy)
+    (folder / f"certificate.json{SUFFIX}").unlink(missing_ok=True)  # it was made for another certificate
     write_files(folder, {"run.json": json_text(record), "certificate.json": json_text(signed),
                          "report.md": render_markdown(record, signed), "report.html": render_html(record, signed)})
     return decision
-
-
-def read_report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and certificate.json of a report folder. Raises HarnessError where one is missing or no JSON object."""
-    from harness.checkpoint import read_json
-
-    found = []
-    for path in (folder / "run.json", folder / "certificate.json"):
-        found.append(read_json(path))
-        if not isinstance(found[-1], dict):
-            raise HarnessError("must be a JSON object", where=path, fix="run the gate again")
-    return found[0], found[1]
-
-
-def rerender(folders: Sequence[Path], *, card: bool = False, index: Path | None = None) -> str:
-    """What `harness report` prints: a card, or where the pages were written.
-
-    Raises HarnessError where folders and options do not go together, or a folder holds no run.
-    """
-    from harness.report import render_card, render_compare, render_html, render_index, render_markdown
-
-    if index is not None:
-        runs = [(path.parent.name, *read_report(path.parent)) for path in sorted(index.glob("*/run.json"))]
-        if not runs:
-            raise HarnessError("holds no report", where=index, fix="run `harness gate` first")
-        write_atomic(index / "index.html", render_index(runs))
-        return f"{len(runs)} runs listed in {index / 'index.html'}"
-    if len(folders) == 2:
-        write_atomic(folders[1] / "compare.html", render_compare(*(read_report(folder)[0] for folder in folders)))
-        return f"what changed is in {folders[1] / 'compare.html'}"
-    if len(folders) != 1:
-        raise HarnessError(f"{len(folders)} report folders given", fix="give one to render it, two to compare them")
-    record, signed = read_report(folders[0])
-    if card:
-        return render_card(record, signed)
-    write_files(folders[0], {"report.html": render_html(record, signed), "report.md": render_markdown(record, signed)})
-    return f"rendered {folders[0] / 'report.html'}"
