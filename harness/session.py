@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.attest import read_report
 from harness.errors import HarnessError, Undecided, within
+from harness.exhibits import bandwidth, heat_rows, tensor_rows, thumbnail
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
 from harness.options import factory_of
@@ -16,7 +17,6 @@ from harness.run import Run, json_text, machine, write_files
 from harness.signing import SUFFIX
 from harness.store import Oracle
 from harness.subject import Subject
-from harness.trace import decoder_seams
 from harness.verdict import Outcome, Verdict
 from harness.zoom import localize
 
@@ -82,10 +82,9 @@ def describe(subject: Subject, run: Run) -> None:
     """Fill in what was judged and by what; what cannot be known any more is left empty, the verdicts say why."""
     checkpoint = subject.checkpoint
     run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
-    exported = subject.options.bundle is None
-    run.subject = {"exported": exported, "checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
+    run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
-                   "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
+                   "exported": subject.options.bundle is None, "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
                    "bundle": None, "vision_bundle": None}
     # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
@@ -100,15 +99,12 @@ def describe(subject: Subject, run: Run) -> None:
     run.speed = _try(lambda: speed(subject)) or {} if started else {}
     run.cases = [row for name in subject.cases
                  if subject.has_oracle and (row := _try(lambda name=name: case_row(subject, name)))]
-    rows = {"tokens": token_rows, "heat": heat_rows}
-    judged = {"tokens": "tokens", "heat": "decoder"}
-    for field, make in rows.items():
-        cases = {verdict.case for verdict in run.of(judged[field])} & set(subject.cases)
-        setattr(run, field, [row for name in subject.cases if name in cases
-                             and (row := _try(lambda name=name, make=make: make(subject, name)))])
-    run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
-                    "stored": verdict.figures.get("stored"), "error": verdict.value}
-                   for verdict in run.of("weights")]
+    judged = {rung: {verdict.case for verdict in run.of(rung)} for rung in ("tokens", "decoder")}
+    run.tokens = [row for name in subject.cases if name in judged["tokens"]
+                  and (row := _try(lambda name=name: token_rows(subject, name)))]
+    run.heat = [row for name in subject.cases if name in judged["decoder"]
+                for row in _try(lambda name=name: heat_rows(subject, name)) or []]
+    run.weights = tensor_rows(run.of("weights"))
 
 
 def oracle_row(oracle: Oracle) -> dict[str, Any]:
@@ -126,11 +122,12 @@ def speed(subject: Subject) -> dict[str, Any]:
     case = subject.engine_cases()[0]
     facts = subject.engine_trace(case).facts
     geometry, bundle = subject.geometry, subject.bundle
-    table = 2 * geometry.hidden * (geometry.vocab - 1) if not geometry.tied else 0
+    own_head = not geometry.tied or subject.mode == "int8hu"
+    table = 2 * geometry.hidden * (geometry.vocab - 1) if own_head else 0
     known = ("prefill_tok_s", "decode_tok_s", "cold_load_s", "warm_load_s", "vision_s", "peak_rss_bytes")
     return {**{name: facts.get(name) for name in known}, "case": case, "bundle_bytes": bundle.size,
             "bytes_per_token": (bundle.asset / "main.mlirb").stat().st_size - table, "engine": subject.shipped.engine.name,
-            "machine": machine()}
+            "machine": machine(), **bandwidth()}
 
 
 def _try(make: Callable[[], Any]) -> Any:
@@ -150,7 +147,7 @@ def case_row(subject: Subject, name: str) -> dict[str, Any]:
         merge = subject.geometry.merge
         first = int((recorded.inputs.ids == subject.geometry.image_token).argmax())
         row["image"] = {"grid": [height // merge, width // merge], "first": first,
-                        "count": height * width // merge**2}
+                        "count": height * width // merge**2, "thumbnail": _try(lambda: thumbnail(subject, name))}
     return row
 
 
@@ -168,22 +165,6 @@ def token_rows(subject: Subject, name: str) -> dict[str, Any]:
                      "margin": round(float(recorded.rollout.margins[step]), 4),
                      "tie": step in recorded.rollout.ties, "text": subject.decode_text(token)})
     return {"case": name, "steps": rows}
-
-
-def heat_rows(subject: Subject, name: str) -> dict[str, Any]:
-    """log10 of each token's relative error after every decoder layer: the graph against the oracle."""
-    import numpy as np
-
-    recorded, trace = subject.recorded(name), subject.graph_trace(name, "accumulated")
-    seams = [seam for seam in decoder_seams(subject.geometry) if seam in trace and seam in recorded.trace]
-    values = []
-    for seam in seams:
-        reference, got = (array.astype(np.float64).reshape(len(array), -1) for array in (recorded.trace[seam], trace[seam]))
-        norms = np.linalg.norm(reference, axis=1)
-        error = np.linalg.norm(got - reference, axis=1) / np.maximum(norms, 1e-30)
-        values.append([round(float(value), 2) if np.isfinite(value) else None
-                       for value in np.log10(np.maximum(error, 1e-12))])
-    return {"case": name, "way": "accumulated", "seams": seams, "values": values}
 
 
 def write(run: Run, subject: Subject, folder: Path) -> Decision:

@@ -14,6 +14,7 @@ from harness.report.png import NOTHING, data_uri, level, palette
 from harness.run import Run
 
 MOST_TOKENS, MOST_SEAMS = 1200, 400
+MERGE = 2
 _PICTURE = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
 _LONGEST_PICTURE = 120_000
 Values = list[list[float | None]]
@@ -36,7 +37,10 @@ class Map:
     """One case's map: `uri` is one pixel a token and seam. Ranges are in tokens; `joined` tokens share a pixel."""
 
     case: str
+    part: str
     way: str
+    label: str
+    unit: str
     seams: list[str]
     names: list[tuple[int, str]]
     tokens: int
@@ -53,6 +57,12 @@ class Map:
     thumbnail: str | None
 
 
+LABELS = {("decoder", "accumulated"): "decoder, accumulated: the graph against the oracle",
+          ("decoder", "local"): "decoder, local: each layer fed the oracle's input",
+          ("decoder", "engine"): "inside the bundle: the engine against the twin",
+          ("vision", "accumulated"): "vision tower, accumulated: patches of the graph against the oracle"}
+
+
 @dataclass(frozen=True)
 class Scale:
     """Decades that the colours of one way of measuring span, the same for every case."""
@@ -64,15 +74,26 @@ class Scale:
 
 
 def heat_maps(run: Run) -> tuple[dict[str, Scale], list[Map]]:
-    """Scales by way and a map for each case that has one; rows that do not fit together are left out."""
+    """Scales by way, and the maps case by case; rows that do not fit together are left out."""
     cases = {row.get("name"): row for row in rows(run.cases) if isinstance(row.get("name"), str)}
     read = [(row, *_values(row)) for row in rows(run.heat)]
     read = [(row, seams, values) for row, seams, values in read if values and isinstance(row.get("case"), str)]
+    names = list(dict.fromkeys(row["case"] for row, _, _ in read))
     scales = {way: _scale([values for row, _, values in read if row.get("way") == way])
               for way in dict.fromkeys(row.get("way") for row, _, _ in read) if isinstance(way, str)}
+    order = {kind: number for number, kind in enumerate(LABELS)}
+    read.sort(key=lambda one: (names.index(one[0]["case"]), order.get((one[0].get("part", "decoder"), one[0].get("way")), 9)))
     maps = [_map(row, seams, values, scales[row["way"]], mapping(cases.get(row["case"])))
             for row, seams, values in read if row.get("way") in scales]
     return scales, maps
+
+
+def by_case(maps: Sequence[Map]) -> list[tuple[str, list[Map]]]:
+    """The maps of each case together, in order."""
+    found: dict[str, list[Map]] = {}
+    for one in maps:
+        found.setdefault(one.case, []).append(one)
+    return list(found.items())
 
 
 def _values(row: Mapping[str, Any]) -> tuple[list[str], Values]:
@@ -106,14 +127,17 @@ def _map(row: Mapping[str, Any], seams: list[str], values: Values, scale: Scale,
     pixels = [bytes(level(_most(line[at:at + joined]), scale.low, scale.high) for at in range(0, tokens, joined))
               for line in values]
     stride = math.ceil(len(seams) / 24)
-    image, height, width = _image(case, tokens)
+    part = "vision" if row.get("part") == "vision" else "decoder"
+    image, height, width = _image(case, tokens) if part == "decoder" else _patches(row, tokens)
+    label = LABELS.get((part, row["way"]), f"{part}, {row['way'][:40]}")
     return Map(
-        case=row["case"], way=row["way"], seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
+        case=row["case"], part=part, way=row["way"], label=label, unit="patch" if part == "vision" else "token", seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
         names=[(at, short_name(name)[:24]) for at, name in enumerate(seams) if at % stride == 0],
         worst_token=worst_token, worst_row=worst_row, worst_seam=seams[worst_row],
         worst=error(values[worst_row][worst_token]),
-        length=integer(case.get("length")), image=image, thumbnail=_thumbnail(case),
-        grids=_grids(seams, values, image, height, width, scale) if image else [])
+        length=integer(case.get("length")) if part == "decoder" else None, image=image, thumbnail=_thumbnail(case),
+        grids=_grids(seams, values if part == "decoder" else _by_rows(values, height, width), image, height, width, scale)
+        if image else [])
 
 
 def _most(values: Sequence[float | None]) -> float | None:
@@ -144,6 +168,24 @@ def _image(case: Mapping[str, Any], tokens: int) -> tuple[tuple[int, int] | None
     if height * width == 4 * count:
         height, width = height // 2, width // 2
     return ((first, first + count), height, width) if height * width == count else (None, 0, 0)
+
+
+def _patches(row: Mapping[str, Any], tokens: int) -> tuple[tuple[int, int] | None, int, int]:
+    """The tower's own grid of patches; None where it does not fit the row."""
+    grid = row.get("grid")
+    height, width = (integer(side) or 0 for side in grid) if isinstance(grid, list) and len(grid) == 2 else (0, 0)
+    good = height * width == tokens and height % MERGE == 0 and width % MERGE == 0 and tokens
+    return ((0, tokens), height, width) if good else (None, 0, 0)
+
+
+def _by_rows(values: Values, height: int, width: int) -> Values:
+    """Patches row by row; a tower holds them block by block, MERGE x MERGE patches each (`harness.host.make_patches`)."""
+    if not height:
+        return values
+    across = width // MERGE
+    places = [((y // MERGE * across + x // MERGE) * MERGE + y % MERGE) * MERGE + x % MERGE
+              for y in range(height) for x in range(width)]
+    return [[line[place] for place in places] for line in values]
 
 
 def _grids(seams: Sequence[str], values: Values, image: tuple[int, int], height: int, width: int,
