@@ -112,6 +112,7 @@ def report(parser: argparse.ArgumentParser) -> None:
     add("report", type=Path, nargs="*", help="report folder with run.json; two folders: what changed between them")
     add("--card", action="store_true", help="print the section for a model card")
     add("--annotations", action="store_true", help="print GitHub's annotations of what did not hold, and nothing else")
+    add("--link", metavar="URL", help="where report.md says that the whole report is (default: the files beside it)")
     add("--sign", type=Path, metavar="KEY", help="also sign the certificate with this minisign secret key")
     add("--index", type=Path, metavar="DIR", help="write DIR/index.html over the reports in DIR")
 

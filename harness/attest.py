@@ -18,7 +18,7 @@ from harness.verdict import Outcome, exit_code
 
 RECORD, CERTIFICATE = "run.json", "certificate.json"
 ABOVE = 3
-"""How many folders above a bundle are searched: `harness gate` exports to reports/<run>/bundles/<digest>/<bundle>."""
+"""How many folders above a bundle are searched: `harness gate` exports to reports/<run>/bundles/<bundle>."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def check_report(folder: Path, bundles: list[Path], asked: Asked) -> tuple[list[
     found = problems(folder, record, certificate, [open_any(path) for path in bundles], asked)
     if found:
         return [f"does not match: {sentence}" for sentence in found], ExitCode.FAIL
-    speaks = f" and speaks for {' and '.join(map(str, bundles))}" if bundles else "; give the bundle to check its bytes too"
-    return ([f"{certificate['outcome']}: the certificate agrees with its record, judged again{speaks}"],
+    speaks = f"it speaks for {' and '.join(map(str, bundles))}" if bundles else "give the bundle to check its bytes too"
+    return ([f"{certificate['outcome']}: the certificate agrees with its record, whose figures were judged again; {speaks}"],
             exit_code(Outcome(certificate["outcome"])))
 
 

@@ -34,7 +34,7 @@ def report(arguments: Arguments) -> int:
     from harness.rerender import rerender
 
     print(rerender(arguments.report, card=arguments.card, index=arguments.index, sign_with=arguments.sign,
-                   annotations=arguments.annotations))
+                   annotations=arguments.annotations, link=arguments.link))
     return ExitCode.PASS
 
 

@@ -15,7 +15,7 @@ from harness.signing import sign
 
 
 def rerender(folders: Sequence[Path], *, card: bool = False, annotations: bool = False, index: Path | None = None,
-             sign_with: Path | None = None) -> str:
+             sign_with: Path | None = None, link: str | None = None) -> str:
     """What `harness report` prints: a card, annotations, or where the pages were written.
 
     Raises HarnessError where folders and options do not go together, or a folder holds no run.
@@ -33,7 +33,8 @@ def rerender(folders: Sequence[Path], *, card: bool = False, annotations: bool =
     if annotations:
         return render_annotations(record, certificate, root=Path.cwd())
     write_files(folders[0], {"report.html": render_html(record, certificate),
-                             "report.md": render_markdown(record, certificate)})
+                             "report.md": render_markdown(record, certificate,
+                                                          {"report, record and certificate": link} if link else None)})
     if sign_with is None:
         return f"rendered {folders[0] / 'report.html'}"
     made = sign(folders[0] / CERTIFICATE, sign_with, f"{certificate.get('outcome')} {certificate.get('digest')}")

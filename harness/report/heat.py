@@ -15,6 +15,8 @@ from harness.run import Run
 
 MOST_TOKENS, MOST_SEAMS = 1200, 400
 MERGE = 2
+ZERO = -11.9
+"""Below this a logarithm stands for an error of zero: `harness.exhibits` cuts at 1e-12."""
 _PICTURE = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
 _LONGEST_PICTURE = 120_000
 Values = list[list[float | None]]
@@ -110,12 +112,14 @@ def _values(row: Mapping[str, Any]) -> tuple[list[str], Values]:
 
 
 def _scale(tables: Sequence[Values]) -> Scale:
-    finite = [value for table in tables for values in table for value in values
-              if value is not None and math.isfinite(value)] or [0.0]
-    low, high = math.floor(min(finite)), math.ceil(max(finite))
-    high = max(high, low + 1)
+    """From the first percentile of what is not zero to the largest, in half decades: exact tokens must not use it up."""
+    finite = sorted(value for table in tables for values in table for value in values
+                    if value is not None and ZERO < value < math.inf) or [0.0]
+    low, high = math.floor(2 * finite[len(finite) // 100]) / 2, math.ceil(2 * finite[-1]) / 2
+    high = max(high, low + 0.5)
     stride = max(1, math.ceil((high - low) / 8))
-    ticks = [((power - low) / (high - low), f"1e{power}") for power in range(low, high + 1, stride)]
+    ticks = [((power - low) / (high - low), f"1e{power}")
+             for power in range(math.ceil(low), math.floor(high) + 1, stride)]
     return Scale(low, high, ticks, data_uri([bytes(range(0, 250))]))
 
 
@@ -153,6 +157,8 @@ def _worst(values: Values) -> tuple[int, int]:
 
 def error(logarithm: float | None) -> str:
     """An error from its logarithm."""
+    if logarithm is not None and logarithm <= ZERO:
+        return "0"
     if logarithm is None or not math.isfinite(logarithm):
         return figure(logarithm if logarithm is None or logarithm > 0 else 0.0)
     return figure(10.0**max(-300.0, min(300.0, logarithm)))

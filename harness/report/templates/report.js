@@ -56,7 +56,7 @@
     const code = [0, 1, 2].map((part) => data.data[at + part].toString(16).padStart(2, "0")).join("");
     const low = +svg.dataset.low, high = +svg.dataset.high, level = levels.get(code);
     const value = data.data[at + 3] === 0 ? "not measured" : level === undefined ? "∞"
-      : "≈ " + (10 ** (low + (high - low) * level / 249)).toExponential(1);
+      : (level === 0 ? "at most " : "≈ ") + (10 ** (low + (high - low) * level / 249)).toExponential(1);
     return `${seams[row]}\n${svg.dataset.unit} ${token}: ${value}`;
   };
   const inside = (svg, event) => {
