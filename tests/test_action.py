@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from jsonschema import Draft202012Validator
 from test_schema import FOLDER
 from workflow_steps import ACTION, GITHUB, Runner, load
 
+from harness.attest import Asked, publish_check
 from harness.run import write_json
 
 CASES = """
@@ -50,10 +53,11 @@ def steps_of(name: str) -> list[dict]:
     return [step for job in jobs for step in job["steps"]]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
+@pytest.fixture
+def checkout(tmp_path) -> Path:
     """A repository of conversions, one healthy and one broken."""
-    folder = tmp_path_factory.mktemp("checkout")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
     (folder / "conversions").mkdir()
     (folder / "conversions" / "healthy.py").write_text("from harness.graph.reference import factory\n")
     (folder / "conversions" / "broken.py").write_text(BROKEN)
@@ -69,28 +73,32 @@ def gated(checkout: Path, name: str, **given: str) -> tuple[Runner, int]:
     inputs |= {"graph": f"conversions.{name}:factory", "cases": "cases.toml", "policy": "policy.toml", "report": name, **given}
     values = {f"inputs.{key}": value for key, value in inputs.items()} | {"github.action_path": str(ACTION)}
     runner = Runner(checkout, values, {"GITHUB_RUN_ID": name})
-    for path in checkout.glob("output-*"):
-        path.unlink()
-    (checkout / "summary").unlink(missing_ok=True)
     return runner, runner.run(action["runs"]["steps"], leave_out=("install",))
 
 
-def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout):
-    runner, code = gated(checkout, "healthy")
+def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout, tmp_path):
+    shutil.copytree(checkout, tmp_path / "other")
+    with ThreadPoolExecutor() as pool:  # each takes half a minute, most of it on one core
+        runs = [pool.submit(gated, checkout, "healthy"), pool.submit(gated, tmp_path / "other", "broken")]
+    _passed(*runs[0].result(), checkout / "healthy")
+    _annotated(*runs[1].result(), tmp_path / "other" / "broken")
+
+
+def _passed(runner: Runner, code: int, report: Path) -> None:
     assert code == 0, "\n".join(runner.said)[-3000:]
-    told, report = runner.outputs("tell"), checkout / "healthy"
-    certificate = json.loads((report / "certificate.json").read_text())
+    told, certificate = runner.outputs("tell"), json.loads((report / "certificate.json").read_text())
     assert (told["outcome"], told["certificate"], told["seam"]) == ("PASS", certificate["digest"], "")
     assert "::notice title=numerics parity%3A PASS::" in runner.said[1] and "::error" not in runner.said[1]
     assert runner.summary.startswith("## ✓ PASS") and "actions/runs/healthy" in runner.summary
     assert {"report.html", "report.md", "junit.xml", "run.json", "certificate.json"} <= \
         {path.name for path in report.iterdir()}
+    made = next((report / "bundles").glob("*_int8hu_s1"))
+    assert publish_check(made, None, Asked(report.parent / "policy.toml"))[1] == 0
 
-    bundles = report / "bundles"
-    runner, code = gated(checkout, "broken", bundle=str(next(bundles.glob("*_int8hu_s1"))),
-                         **{"vision-bundle": str(next(bundles.glob("*_vision")))})
+
+def _annotated(runner: Runner, code: int, report: Path) -> None:
     assert code == 1
-    told, report = runner.outputs("tell"), checkout / "broken"
+    told = runner.outputs("tell")
     assert (told["outcome"], told["seam"]) == ("FAIL", "decoder.layers.01.mlp.out")
     errors = [line for line in runner.said[1].splitlines() if line.startswith("::error ")]
     assert any("file=conversions/broken.py,line=1::" in line and "decoder FAIL%3A decoder.layers.01.mlp.out" in line
@@ -102,6 +110,7 @@ def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout):
     record = json.loads((report / "run.json").read_text())
     schema = json.loads((FOLDER / "run.schema.json").read_text())
     assert [error.message for error in Draft202012Validator(schema).iter_errors(record)] == []
+    assert publish_check(next((report / "bundles").glob("*_int8hu_s1")), None, Asked(report.parent / "policy.toml"))[1] == 1
 
 
 def test_a_gate_that_could_not_run_is_no_pass(checkout):
