@@ -98,7 +98,7 @@ class Bundle:
     def record(self) -> dict[str, Any]:
         """Plain JSON types, for a run record."""
         return {"name": self.name, "kind": self.kind, "mode": self.mode, "digest": self.digest, "bytes": self.size,
-                "files": self.hashes,                "vocab_size": self.vocab_size, "max_context_length": self.max_context_length,
+                "files": self.hashes, "vocab_size": self.vocab_size, "max_context_length": self.max_context_length,
                 "source": self.metadata.get("source"), "unknown_keys": list(self.unknown_keys)}
 
 

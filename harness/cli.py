@@ -195,8 +195,8 @@ VERBS = {
     "faults": Verb("switch known faults on one at a time and count what is caught and named",
                    (takes.subject, takes.faults), _faults),
     "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), checking.verify),
-    "publish-check": Verb("is there a certificate for exactly this bundle? the line before an upload", (takes.publish_check,),
-                          checking.publish_check),
+    "publish-check": Verb("is there a certificate for exactly this bundle? the line before an upload",
+                          (takes.publish_check,), checking.publish_check),
     "report": Verb("render reports again from their records", (takes.report,), checking.report),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }

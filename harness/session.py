@@ -84,7 +84,8 @@ def describe(subject: Subject, run: Run) -> None:
     run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
-                   "exported": subject.options.bundle is None, "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
+                   "exported": subject.options.bundle is None, "graph": subject.options.graph,
+                   "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
                    "bundle": None, "vision_bundle": None}
     # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
@@ -94,7 +95,8 @@ def describe(subject: Subject, run: Run) -> None:
     started = subject.shipped.started
     engine = _try(lambda: subject.shipped.engine) if started else None
     facts = engine.facts if engine else {}
-    run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"), "platform": facts.get("platform"),
+    run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"),
+                  "platform": facts.get("platform"),
                   "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype"), "build": facts.get("build")}
     run.speed = _try(lambda: speed(subject)) or {} if started else {}
     run.cases = [row for name in subject.cases

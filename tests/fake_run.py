@@ -191,9 +191,10 @@ def make(layers: int = 8, vision_layers: int = 6, cases: int = 10, inside: bool 
                    "date": "2026-11-18"} for rung, metric, limit, noise, where, engine in _BOUNDS]
     run.engine = {"name": "coreai-cpu", "version": "1.0.0b3", "platform": "Linux x86_64"}
     digest = ("ab12cd34ef56" * 6)[:64]
-    run.subject = {"checkpoint": {"name": name, "revision": "9f8e7d6c5b4a3920", "digest": digest, "geometry": geometry.record()},
-                   "oracle": {"digest": "77" * 32, "identity": "transformers 5.23.0 float32 eager"}, "mode": "int8hu", "exported": True,
-                   "graph": "harness.graph.reference:factory",
+    run.subject = {"checkpoint": {"name": name, "revision": "9f8e7d6c5b4a3920", "digest": digest,
+                                  "geometry": geometry.record()},
+                   "oracle": {"digest": "77" * 32, "identity": "transformers 5.23.0 float32 eager"},
+                   "mode": "int8hu", "exported": True, "graph": "harness.graph.reference:factory",
                    "bundle": {"name": f"{name}_decode_int8hu_s1", "digest": "5c" * 32, "bytes": 11_482_112,
                               "mode": "int8hu"},
                    "vision_bundle": {"name": f"{name}_vision", "digest": "6d" * 32, "bytes": 3_120_000,

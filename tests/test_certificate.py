@@ -1,4 +1,4 @@
-"""The certificate: no changed record keeps it, and a record that contradicts itself is named, however it was signed again."""
+"""The certificate: no changed record keeps it; a record that contradicts itself is named, however it was signed again."""
 
 from __future__ import annotations
 

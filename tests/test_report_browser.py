@@ -97,7 +97,8 @@ def driven(source: str, script: str, folder: Path, *flags: str) -> str:
 
 def test_the_keyboard_walks_ladders_and_heat_maps(tmp_path):
     script = """
-      const press = (chart, key) => chart.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+      const press = (chart, key) => chart.dispatchEvent(
+        new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
       const ladder = document.querySelector("#ladder .chart"), map = document.querySelector("#heat .chart");
       const said = [];
       const hear = () => said.push(document.querySelector(".spoken").textContent);
@@ -119,8 +120,8 @@ def test_nothing_is_wider_than_a_phone(kind, tmp_path):
     source = {"report": lambda: render_html(failing), "index": lambda: render_index([("a" * 60, failing, None)]),
               "compare": lambda: render_compare(fake_run.make(layers=3, vision_layers=2, cases=2), failing)}[kind]()
     script = """document.body.style.width = "390px";
-      const wide = [...document.querySelectorAll("body *")].filter(one => !one.closest(".scroll, nav, svg.defs, .tip, .spoken")
-        && one.getBoundingClientRect().right > 391).map(one => one.tagName + "." + one.getAttribute("class"));
+      const wide = [...document.querySelectorAll("body *")]
+        .filter(one => !one.closest(".scroll, nav, svg.defs, .tip, .spoken") && one.getBoundingClientRect().right > 391).map(one => one.tagName + "." + one.getAttribute("class"));
       document.title = JSON.stringify(wide.slice(0, 5));"""
     dom = driven(source, script, tmp_path, "--window-size=500,900")
     assert dom.partition("<title>")[2].partition("</title>")[0] == "[]"

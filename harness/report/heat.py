@@ -84,7 +84,8 @@ def heat_maps(run: Run) -> tuple[dict[str, Scale], list[Map]]:
     scales = {way: _scale([values for row, _, values in read if row.get("way") == way])
               for way in dict.fromkeys(row.get("way") for row, _, _ in read) if isinstance(way, str)}
     order = {kind: number for number, kind in enumerate(LABELS)}
-    read.sort(key=lambda one: (names.index(one[0]["case"]), order.get((one[0].get("part", "decoder"), one[0].get("way")), 9)))
+    read.sort(key=lambda one: (names.index(one[0]["case"]),
+                               order.get((one[0].get("part", "decoder"), one[0].get("way")), len(order))))
     maps = [_map(row, seams, values, scales[row["way"]], mapping(cases.get(row["case"])))
             for row, seams, values in read if row.get("way") in scales]
     return scales, maps
@@ -135,7 +136,8 @@ def _map(row: Mapping[str, Any], seams: list[str], values: Values, scale: Scale,
     image, height, width = _image(case, tokens) if part == "decoder" else _patches(row, tokens)
     label = LABELS.get((part, row["way"]), f"{part}, {row['way'][:40]}")
     return Map(
-        case=row["case"], part=part, way=row["way"], label=label, unit="patch" if part == "vision" else "token", seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
+        case=row["case"], part=part, way=row["way"], label=label, unit="patch" if part == "vision" else "token",
+        seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
         names=[(at, short_name(name)[:24]) for at, name in enumerate(seams) if at % stride == 0],
         worst_token=worst_token, worst_row=worst_row, worst_seam=seams[worst_row],
         worst=error(values[worst_row][worst_token]),

@@ -42,8 +42,8 @@ def render_html(record: Mapping[str, Any], certificate: Mapping[str, Any] | None
                 broken=view.first_broken(judged), places=plain.rows(run.localization), problems=problems, more=more,
                 pictures=[_picture(one) for one in view.ladders(run)], cases=_cases(run), scales=scales, maps=by_case(maps),
                 palette="".join(colours()), tokens=view.tokens(run), weights=view.weights(run),
-                headroom=view.headroom(run), speed=view.speed(run), speed_by=plain.mapping(run.speed), machine=view.machine(run),
-                ties=view.tie_bounds(run),
+                headroom=view.headroom(run), speed=view.speed(run), speed_by=plain.mapping(run.speed),
+                machine=view.machine(run), ties=view.tie_bounds(run),
                 commands=commands(judged), again=again(judged), bounds=plain.rows(run.bounds), policy=judged.policy.record(),
                 timings=run.timings)
 

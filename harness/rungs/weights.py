@@ -65,7 +65,8 @@ def _bundle(subject: Subject) -> list[Verdict]:
     price = {one.name: {"quantization": _lost(one.value, one.weight)} for one in expected if one.step is not None}
     findings, extra = _fold_positions(expected, tables)
     verdicts = [Verdict(NAME, "bundle", one.name, Outcome.FAIL if one.wrong else Outcome.PASS, one.reason, "mismatches",
-                        float(one.wrong), 0.0, figures={"stored": one.stored, "rows": list(one.rows)} | price.get(one.name, {}))
+                        float(one.wrong), 0.0,
+                        figures={"stored": one.stored, "rows": list(one.rows)} | price.get(one.name, {}))
                 for one in findings]
     known = _tables(subject)
     strange = [table for table in extra if not any(_same(table.rows(), array) for array in known)]

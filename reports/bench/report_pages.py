@@ -68,8 +68,8 @@ def painted(page: Path) -> dict[str, float]:
     # The probe needs leave from the page's own policy, so the copy that is timed has none.
     source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
     copy = page.with_suffix(".bench.html")
-    copy.write_text(source.replace("</body>", PROBE.replace("ADDRESS", f"http://127.0.0.1:{server.server_port}/") + "</body>"),
-                    encoding="utf-8")
+    probe = PROBE.replace("ADDRESS", f"http://127.0.0.1:{server.server_port}/")
+    copy.write_text(source.replace("</body>", f"{probe}</body>"), encoding="utf-8")
     root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     best: dict[str, float] = {}
     for _ in range(3):

@@ -35,7 +35,8 @@ def shoot(page: Path, out: Path, width: int, height: int, scheme: str, section: 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         source = page.read_text(encoding="utf-8")
         if section:  # what stands before the section is left out: a headless picture begins at the top
-            source = source[:source.index('<header class="top">')] + "<main>" + source[source.index(f'<section id="{section}">'):]
+            head, start = source.index('<header class="top">'), source.index(f'<section id="{section}">')
+            source = f"{source[:head]}<main>{source[start:]}"
         if scheme == "dark":  # headless Chromium has no switch for the colour scheme
             source = source.replace("@media (prefers-color-scheme: dark)", "@media all")
         copy = Path(folder) / "page.html"
@@ -44,14 +45,16 @@ def shoot(page: Path, out: Path, width: int, height: int, scheme: str, section: 
         shown = copy
         if width < NARROWEST:
             shown = Path(folder) / "frame.html"
-            shown.write_text(f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:{height}px">'
-                             "</iframe>", encoding="utf-8")
+            style = f"border:0;width:{width}px;height:{height}px"
+            shown.write_text(f'<body style="margin:0"><iframe src="page.html" style="{style}"></iframe>', encoding="utf-8")
         subprocess.run([tool, "--headless", "--disable-gpu", "--hide-scrollbars", *root,
                         f"--user-data-dir={folder}/profile", "--virtual-time-budget=2000",
-                        f"--window-size={max(width, NARROWEST)},{height}", f"--screenshot={folder}/shot.png", shown.as_uri()],
+                        f"--window-size={max(width, NARROWEST)},{height}", f"--screenshot={folder}/shot.png",
+                        shown.as_uri()],
                        check=True, capture_output=True, timeout=120)
         with Image.open(f"{folder}/shot.png") as picture:
-            picture.convert("RGB").crop((0, 0, width, height)).quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+            cut = picture.convert("RGB").crop((0, 0, width, height))
+            cut.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
     if out.stat().st_size > LARGEST:
         sys.exit(f"{out} has {out.stat().st_size} bytes, more than {LARGEST}")
     print(f"{out.relative_to(ROOT)}: {out.stat().st_size} bytes")

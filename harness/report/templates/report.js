@@ -79,7 +79,8 @@
 
   // Keyboard: a chart takes the focus, arrows walk its columns or cells, Home and End jump, Escape leaves.
   const places = new WeakMap();
-  const steps = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1], Home: [-1e9, 0], End: [1e9, 0] };
+  const steps = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1],
+                  Home: [-1e9, 0], End: [1e9, 0] };
   const walk = (chart, [dx, dy]) => {
     const columns = [...chart.querySelectorAll("g.col")], map = chart.querySelector("svg.heat");
     const [x, y] = places.get(chart) ?? [-1, 0];
