@@ -103,6 +103,7 @@ def _held_against(parser: argparse.ArgumentParser) -> None:
     add("--policy", type=Path, metavar="TOML", help="policy that the run's own must not be laxer than")
     add("--bounds", type=Path, metavar="TOML",
         help="bounds that the run's own must not be wider than (default: this repository's, for its own checkpoint)")
+    add("--cases", type=Path, metavar="TOML", help="cases that the run must have judged, on the engine where they say so")
     add("--signed-by", metavar="KEY", help="minisign public key, a file or its text, that must have signed the certificate")
 
 

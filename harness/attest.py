@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness.bounds import BOUNDS, Bounds, load_bounds
 from harness.bundle import LANGUAGE, VISION, Bundle
+from harness.cases import CASES, load_cases
 from harness.checkpoint import open_checkpoint, read_json
 from harness.errors import ExitCode, HarnessError, Undecided
 from harness.gate import verify
@@ -27,6 +28,7 @@ class Asked:
 
     policy: Path | None = None
     bounds: Path | None = None
+    cases: Path | None = None
     signed_by: str | None = None
 
 
@@ -60,7 +62,7 @@ def publish_check(path: Path, given: Path | None, asked: Asked) -> tuple[list[st
     folder = given if given is not None else beside(path)
     record, certificate = read_report(folder)
     found = problems(folder, record, certificate, [bundle],
-                     Asked(asked.policy or POLICY, asked.bounds, asked.signed_by))
+                     replace(asked, policy=asked.policy or POLICY, cases=asked.cases or CASES))
     if not found and certificate["outcome"] != Outcome.PASS.value:
         found = [f"the certificate says {certificate['outcome']}: {certificate['reason']}"]
     if found:
@@ -98,6 +100,7 @@ def problems(folder: Path, record: Mapping[str, Any], certificate: Mapping[str, 
     """Everything that does not hold, in sentences."""
     found = verify(record, certificate, None, load_policy(asked.policy) if asked.policy else None,
                    _least_bounds(record, asked.bounds))
+    found += _cases(record, asked.cases) if asked.cases else []
     found += [sentence for bundle in bundles for sentence in _bytes(record, bundle)]
     if asked.signed_by is not None and (why := unsigned(folder / CERTIFICATE, asked.signed_by)):
         found.append(why)
@@ -112,6 +115,19 @@ def _least_bounds(record: Mapping[str, Any], given: Path | None) -> Bounds | Non
     checkpoint = subject.get("checkpoint") if isinstance(subject, dict) else None
     ours = isinstance(checkpoint, dict) and checkpoint.get("revision") == "embedded" and BOUNDS.is_file()
     return load_bounds() if ours and checkpoint.get("digest") == open_checkpoint().digest else None
+
+
+def _cases(record: Mapping[str, Any], least: Path) -> list[str]:
+    """Cases of a file that the run left out, or did not run on the engine."""
+    verdicts = [row for row in record.get("verdicts", []) if isinstance(row, dict)]
+    judged = {rung: {row.get("case") for row in verdicts if row.get("rung") == rung} for rung in ("decoder", "tokens")}
+    found = []
+    for case in load_cases(least):
+        if case.name not in judged["decoder"]:
+            found.append(f"case {case.name!r} of {least.name} was not judged")
+        elif case.engine and case.name not in judged["tokens"]:
+            found.append(f"case {case.name!r} of {least.name} was not run on the engine")
+    return found
 
 
 def _bytes(record: Mapping[str, Any], bundle: Bundle) -> list[str]:

@@ -41,7 +41,7 @@ def report(arguments: Arguments) -> int:
 def _asked(arguments: Arguments) -> Asked:
     from harness.attest import Asked
 
-    return Asked(arguments.policy, arguments.bounds, arguments.signed_by)
+    return Asked(arguments.policy, arguments.bounds, arguments.cases, arguments.signed_by)
 
 
 def _say(lines: Sequence[str], code: ExitCode) -> int:

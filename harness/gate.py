@@ -154,7 +154,7 @@ def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest:
         found.append(f"the run was judged by policy {policy.name!r}, which is laxer than {least.name!r}")
     if bounds is not None:
         with suppress(HarnessError):  # bounds that cannot be read have their sentence already
-            found += weaker(bounds_from(run.bounds), bounds)
+            found += weaker(run, bounds_from(run.bounds), bounds)
     spoken = [part.get("digest") if isinstance(part := run.subject.get(name), Mapping) else None
               for name in ("bundle", "vision_bundle")]
     if bundle_digest is not None and bundle_digest not in spoken:

@@ -71,18 +71,24 @@ def missing(run: Run) -> Iterator[str]:
             yield f"{rung}[{case}-{lacking[0]}]{more} must be answered in a whole run and is not"
 
 
-def weaker(bounds: Bounds, least: Bounds) -> list[str]:
-    """Where a table lets more pass than another: a bound that is wider, or missing where the other has one."""
-    held = {(row.rung, row.metric, row.seams, row.engine): row.limit for row in bounds.all}
-    found = []
-    for row in least.all:
-        ours = held.get((row.rung, row.metric, row.seams, row.engine))
-        name = f"the bound on {row.metric} of {row.rung} {row.seams} ({row.engine})"
-        if ours is None:
-            found.append(f"{name} is missing; it should be {row.limit:.3g}")
-        elif ours > row.limit:
-            found.append(f"{name} is {ours:.3g}, wider than {row.limit:.3g}")
-    return found
+def weaker(run: Run, bounds: Bounds, least: Bounds) -> Iterator[str]:
+    """Where the run's bounds let more pass than others: at each seam, the bound in force is wider or there is none.
+
+    What is in force is compared, not rows: a row put behind another overrides it under any pattern.
+    """
+    seen = set()
+    for verdict in run.verdicts:
+        key = (verdict.rung, verdict.seam, _engine(run, verdict))
+        if key in seen:
+            continue
+        seen.add(key)
+        ours = bounds.at(*key)
+        for metric, row in least.at(*key).items():
+            name = f"the bound on {metric} at {verdict.seam} of {verdict.rung}"
+            if metric not in ours:
+                yield f"{name} is missing; it should be {row.limit:.3g}"
+            elif ours[metric].limit > row.limit:
+                yield f"{name} is {ours[metric].limit:.3g}, wider than {row.limit:.3g}"
 
 
 def _proves_nothing(bounds: Bounds) -> Iterator[str]:

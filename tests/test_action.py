@@ -93,7 +93,7 @@ def _passed(runner: Runner, code: int, report: Path) -> None:
     assert {"report.html", "report.md", "junit.xml", "run.json", "certificate.json"} <= \
         {path.name for path in report.iterdir()}
     made = next((report / "bundles").glob("*_int8hu_s1"))
-    assert publish_check(made, None, Asked(report.parent / "policy.toml"))[1] == 0
+    assert publish_check(made, None, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 0
 
 
 def _annotated(runner: Runner, code: int, report: Path) -> None:
@@ -111,7 +111,7 @@ def _annotated(runner: Runner, code: int, report: Path) -> None:
     schema = json.loads((FOLDER / "run.schema.json").read_text())
     assert [error.message for error in Draft202012Validator(schema).iter_errors(record)] == []
     bundle = next((report.parent / "healthy" / "bundles").glob("*_int8hu_s1"))
-    assert publish_check(bundle, report, Asked(report.parent / "policy.toml"))[1] == 1
+    assert publish_check(bundle, report, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 1
 
 
 def test_a_gate_that_could_not_run_is_no_pass(checkout):

@@ -19,6 +19,9 @@ from harness.cli import main
 from harness.run import write_json
 
 LAX = 'name = "lax"\nallow_skip = []\nallow_unanswered = []\nmin_cases = 1\nmodes = ["fp16", "int8hu", "int8lin"]\n'
+CASE = '[[case]]\nname = "{}"\nwhy = "w"\nturns = [{{ role = "", text = "x" }}]\n'
+FEW = CASE.format("scene-211") + CASE.format("text-only")
+LENIENT = ("--policy", "lax.toml", "--cases", "few.toml")
 
 
 @pytest.fixture
@@ -28,6 +31,7 @@ def certified(here, bundle) -> Path:  # noqa: F811
     (bundle / "tokenizer" / "tokenizer.json").write_text("[]")
     record["subject"]["bundle"] = Bundle.open(bundle).record()
     (here / "lax.toml").write_text(LAX)
+    (here / "few.toml").write_text(FEW)
     return write(bundle.with_name(bundle.name + ".report"), record)
 
 
@@ -39,15 +43,27 @@ def write(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def test_the_certificate_beside_a_bundle_lets_it_be_published(certified, capsys):
-    assert main(["publish-check", BUNDLE, "--policy", "lax.toml"]) == 0
+    assert main(["publish-check", BUNDLE, *LENIENT]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"publish {BUNDLE}: PASS") and "not signed" in out
     assert signed(json.loads((certified / "run.json").read_text()))["digest"] in out
 
 
-def test_the_policy_of_this_repository_is_asked_for_by_default(certified, capsys):
+def test_policy_and_cases_of_this_repository_are_asked_for_by_default(certified, capsys):
     assert main(["publish-check", BUNDLE]) == 1
-    assert "laxer than 'default'" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "laxer than 'default'" in out and "case 'wide' of cases.toml was not judged" in out
+
+
+def test_a_case_that_left_out_the_engine_is_named(certified, capsys):
+    record = json.loads((certified / "run.json").read_text())
+    record["cases"][0]["engine"] = False
+    record["verdicts"] = [row for row in record["verdicts"]
+                          if not (row["rung"] in ("engine", "tokens") and row["case"].startswith("scene-211"))]
+    write(certified, record)
+    assert main(["verify", f"{BUNDLE}.report", BUNDLE]) == 0, "by itself that contradicts nothing"
+    assert main(["publish-check", BUNDLE, *LENIENT]) == 1
+    assert "case 'scene-211' of few.toml was not run on the engine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -56,7 +72,7 @@ def test_the_policy_of_this_repository_is_asked_for_by_default(certified, capsys
     (lambda path: (path / "tokenizer" / "tokenizer.json").unlink(), "tokenizer/tokenizer.json is missing")])
 def test_other_bytes_are_named_file_by_file(certified, bundle, capsys, spoil, words):  # noqa: F811
     spoil(bundle)
-    assert main(["publish-check", BUNDLE, "--policy", "lax.toml"]) == 1
+    assert main(["publish-check", BUNDLE, *LENIENT]) == 1
     assert words in capsys.readouterr().out
     assert main(["verify", f"{BUNDLE}.report", BUNDLE]) == 1
     assert words in capsys.readouterr().out
@@ -73,7 +89,7 @@ def test_a_certificate_above_the_bundle_is_found_and_one_given_comes_first(certi
     shutil.copytree(certified, here / "reports" / "run", dirs_exist_ok=True)
     assert attest.beside(inner / BUNDLE) == here.resolve() / "reports" / "run"
     other = write(here / "other", record_of("failing"))
-    lax = attest.Asked(policy=here / "lax.toml")
+    lax = attest.Asked(policy=here / "lax.toml", cases=here / "few.toml")
     assert attest.publish_check(inner / BUNDLE, None, lax)[1] == 0
     lines, code = attest.publish_check(bundle, other, lax)
     assert code == 1 and "speaks for bundle" in " ".join(lines)
@@ -83,7 +99,7 @@ def test_a_run_that_failed_is_not_published(certified, bundle, capsys):  # noqa:
     record = record_of("failing")
     record["subject"]["bundle"] = Bundle.open(bundle).record()
     write(certified, record)
-    assert main(["publish-check", BUNDLE, "--policy", "lax.toml"]) == 1
+    assert main(["publish-check", BUNDLE, *LENIENT]) == 1
     assert "the certificate says FAIL: rung decoder is broken" in capsys.readouterr().out
     assert main(["verify", f"{BUNDLE}.report", BUNDLE]) == 1
 
@@ -91,7 +107,7 @@ def test_a_run_that_failed_is_not_published(certified, bundle, capsys):  # noqa:
 @pytest.mark.parametrize("text", ["[]", "{", '{"schema": 2}', "null"])
 def test_a_damaged_certificate_is_no_certificate(certified, capsys, text):
     (certified / "certificate.json").write_text(text)
-    assert main(["publish-check", BUNDLE, "--policy", "lax.toml"]) in (1, 2)
+    assert main(["publish-check", BUNDLE, *LENIENT]) in (1, 2)
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -139,7 +155,7 @@ def stand_in(here, monkeypatch) -> None:  # noqa: F811
 
 
 def test_a_signed_certificate_is_checked(certified, stand_in, capsys):
-    asked = ["publish-check", BUNDLE, "--policy", "lax.toml", "--signed-by"]
+    asked = ["publish-check", BUNDLE, *LENIENT, "--signed-by"]
     assert main([*asked, "key"]) == 1
     assert "nobody has signed" in capsys.readouterr().out
     assert main(["report", f"{BUNDLE}.report", "--sign", "key"]) == 0

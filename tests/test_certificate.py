@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from fake_run import BOUNDS, BROKEN, record_of, signed
 
-from harness.bounds import Bounds
+from harness.bounds import Bounds, bounds_from
 from harness.gate import CHAIN, certificate, digest_of, verify
 from harness.policy import policy_from
+from harness.recheck import weaker
 from harness.run import run_from_record
 from harness.verdict import Outcome
 
@@ -215,6 +216,14 @@ def test_bounds_wider_than_those_asked_for_are_named():
     record["bounds"] = [row for row in record["bounds"] if row["rung"] != "vision"]
     assert "is missing; it should be" in " ".join(verify(record, claimed, bounds=BOUNDS))
     assert verify(record_of("healthy"), signed(record_of("healthy")), bounds=BOUNDS) == []
+
+
+def test_a_row_put_behind_another_is_seen_whatever_its_pattern():
+    record = record_of("healthy")
+    row = {**record["bounds"][3], "limit": 0.009, "seams": "decoder.layer*", "measured": 0.0}
+    record["bounds"].append(row)
+    found = list(weaker(run_from_record(record), bounds_from(record["bounds"]), BOUNDS))
+    assert found and "0.009, wider than 2e-05" in found[0]
 
 
 def test_tighter_bounds_hold():
