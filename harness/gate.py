@@ -149,12 +149,15 @@ def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest:
     found = [*_links(claimed.get("chain"), recomputed["chain"])]
     found += [f"{key} does not match: the certificate says {_short(claimed.get(key))}, the record gives {_short(ours)}"
               for key, ours in recomputed.items() if key != "chain" and claimed.get(key) != ours]
-    found += recheck(run, policy, recomputed["outcome"] == Outcome.PASS.value)
+    try:
+        found += recheck(run, policy, recomputed["outcome"] == Outcome.PASS.value)
+        if bounds is not None:
+            with suppress(HarnessError):  # bounds that cannot be read have their sentence already
+                found += weaker(run, bounds_from(run.bounds), bounds)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        found.append(f"run.json holds a value that no run record has ({type(error).__name__}: {error})")
     if least is not None and not policy.stricter_or_equal(least):
         found.append(f"the run was judged by policy {policy.name!r}, which is laxer than {least.name!r}")
-    if bounds is not None:
-        with suppress(HarnessError):  # bounds that cannot be read have their sentence already
-            found += weaker(run, bounds_from(run.bounds), bounds)
     spoken = [part.get("digest") if isinstance(part := run.subject.get(name), Mapping) else None
               for name in ("bundle", "vision_bundle")]
     if bundle_digest is not None and bundle_digest not in spoken:

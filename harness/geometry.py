@@ -14,6 +14,8 @@ from typing import Any
 from harness.errors import HarnessError, within
 
 _MISSING = object()
+MOST_LAYERS = 1000
+"""A record that says more was not written by us, and planning its seams would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Geometry:
             if not all(type(part) is int for value in lists.values() for part in value):
                 raise HarnessError("holds something else than whole numbers")
             geometry = cls(**{**found, **lists})
+            if not (0 < geometry.layers <= MOST_LAYERS and 0 < geometry.vision_layers <= MOST_LAYERS):
+                raise HarnessError(f"{geometry.layers} and {geometry.vision_layers} layers are no model's")
             geometry._check(geometry.hidden)
         return geometry
 

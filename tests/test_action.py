@@ -15,6 +15,7 @@ from test_schema import FOLDER
 from workflow_steps import ACTION, GITHUB, Runner, load
 
 from harness.attest import Asked, publish_check
+from harness.cli import main
 from harness.run import write_json
 
 CASES = """
@@ -65,6 +66,13 @@ def checkout(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def oracle(checkout) -> Path:
+    """The oracle of its cases, so that nothing is recorded into this repository."""
+    assert main(["record", "--cases", str(checkout / "cases.toml"), "--out", str(checkout / "oracle")]) == 0
+    return checkout / "oracle"
+
+
 def gated(checkout: Path, name: str, **given: str) -> tuple[Runner, int]:
     """The action's steps on one conversion, all but the installation."""
     action = load("actions/gate/action.yml")
@@ -76,12 +84,12 @@ def gated(checkout: Path, name: str, **given: str) -> tuple[Runner, int]:
     return runner, runner.run(action["runs"]["steps"], leave_out=("install",))
 
 
-def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout, tmp_path):
-    _passed(*gated(checkout, "healthy"), checkout / "healthy")
+def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout, oracle, tmp_path):
+    _passed(*gated(checkout, "healthy", oracle="oracle"), checkout / "healthy")
     other = shutil.copytree(checkout, tmp_path / "other", ignore=shutil.ignore_patterns("output-*", "summary"))
     bundles = {name: str(next((other / "healthy" / "bundles").glob(pattern)))
                for name, pattern in (("bundle", "*_int8hu_s1"), ("vision-bundle", "*_vision"))}
-    _annotated(*gated(other, "broken", **bundles), other / "broken")
+    _annotated(*gated(other, "broken", oracle="oracle", **bundles), other / "broken")
 
 
 def _passed(runner: Runner, code: int, report: Path) -> None:

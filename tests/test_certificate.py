@@ -191,6 +191,7 @@ def _mode(record: Record) -> None:
     ("healthy", _cosine, "which nothing has"), ("healthy", _mode, "int4"),
     ("healthy", lambda record: record.update(bounds=[]), "bound"),
     ("healthy", lambda record: record["subject"]["checkpoint"].update(geometry={}), "cannot be told"),
+    ("healthy", lambda record: record["subject"]["checkpoint"]["geometry"].update(layers=10**12), "no model's"),
     ("healthy", lambda record: rows(record, "decoder", "logits")[0].update(value=1e-9), "its figures give"),
     ("healthy", lambda record: rows(record, "decoder", "logits")[0].update(figures={"local": 3}), "nothing measures"),
 ], ids=lambda value: getattr(value, "__name__", None))

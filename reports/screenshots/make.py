@@ -1,7 +1,7 @@
 """The pictures of the README: python reports/screenshots/make.py REPORT FAILING
 
-REPORT is a folder of `harness gate`; FAILING one of a conversion with a fault in it, for example that of
-PYTHONPATH=tests harness gate --graph third_party.faulty:stale --out reports/stale-row
+REPORT is a folder of `harness gate`; FAILING one of a conversion with a fault in it, ours being `shifted.py`:
+PYTHONPATH=reports/screenshots harness gate --graph shifted:factory --out reports/shifted
 Needs Chromium. Pictures are reduced to 256 colours, so that each stays below 200 kB.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SHOTS = {"report.png": (0, 1280, 1500, "light", ""), "failure.png": (1, 1280, 900, "light", ""),
-         "phone.png": (0, 390, 844, "light", ""), "dark.png": (0, 1280, 1100, "dark", "heat")}
+         "phone.png": (0, 390, 844, "light", ""), "dark.png": (1, 1280, 1100, "dark", "heat")}
 """File -> which report, width, height, colour scheme, section to begin with."""
 NARROWEST = 500
 """Chromium makes no narrower window: a phone's page is shown in a frame inside it, and cut out."""
