@@ -67,10 +67,13 @@ def checkout(tmp_path) -> Path:
 
 
 @pytest.fixture
-def oracle(checkout) -> Path:
-    """The oracle of its cases, so that nothing is recorded into this repository."""
+def given(checkout) -> dict[str, str]:
+    """An oracle of its cases and an exported bundle, once for both conversions; nothing is recorded into this repository."""
     assert main(["record", "--cases", str(checkout / "cases.toml"), "--out", str(checkout / "oracle")]) == 0
-    return checkout / "oracle"
+    assert main(["export", "--out", str(checkout / "bundles")]) == 0
+    found = {name: next((checkout / "bundles").glob(pattern)).relative_to(checkout)
+             for name, pattern in (("bundle", "*_int8hu_s1"), ("vision-bundle", "*_vision"))}
+    return {"oracle": "oracle", **{name: str(path) for name, path in found.items()}}
 
 
 def gated(checkout: Path, name: str, **given: str) -> tuple[Runner, int]:
@@ -84,12 +87,11 @@ def gated(checkout: Path, name: str, **given: str) -> tuple[Runner, int]:
     return runner, runner.run(action["runs"]["steps"], leave_out=("install",))
 
 
-def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout, oracle, tmp_path):
-    _passed(*gated(checkout, "healthy", oracle="oracle"), checkout / "healthy")
-    other = shutil.copytree(checkout, tmp_path / "other", ignore=shutil.ignore_patterns("output-*", "summary"))
-    bundles = {name: str(next((other / "healthy" / "bundles").glob(pattern)))
-               for name, pattern in (("bundle", "*_int8hu_s1"), ("vision-bundle", "*_vision"))}
-    _annotated(*gated(other, "broken", oracle="oracle", **bundles), other / "broken")
+def test_a_healthy_conversion_passes_and_a_broken_one_is_annotated(checkout, given):
+    _passed(*gated(checkout, "healthy", **given), checkout / "healthy")
+    for path in (*checkout.glob("output-*"), checkout / "summary"):
+        path.unlink()
+    _annotated(*gated(checkout, "broken", **given), checkout / "broken")
 
 
 def _passed(runner: Runner, code: int, report: Path) -> None:
@@ -100,8 +102,7 @@ def _passed(runner: Runner, code: int, report: Path) -> None:
     assert runner.summary.startswith("## ✓ PASS") and "actions/runs/healthy" in runner.summary
     assert {"report.html", "report.md", "junit.xml", "run.json", "certificate.json"} <= \
         {path.name for path in report.iterdir()}
-    made = next((report / "bundles").glob("*_int8hu_s1"))
-    assert publish_check(made, None, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 0
+    assert publish_check(_bundle(report), report, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 0
 
 
 def _annotated(runner: Runner, code: int, report: Path) -> None:
@@ -118,8 +119,11 @@ def _annotated(runner: Runner, code: int, report: Path) -> None:
     record = json.loads((report / "run.json").read_text())
     schema = json.loads((FOLDER / "run.schema.json").read_text())
     assert [error.message for error in Draft202012Validator(schema).iter_errors(record)] == []
-    bundle = next((report.parent / "healthy" / "bundles").glob("*_int8hu_s1"))
-    assert publish_check(bundle, report, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 1
+    assert publish_check(_bundle(report), report, Asked(report.parent / "policy.toml", cases=report.parent / "cases.toml"))[1] == 1
+
+
+def _bundle(report: Path) -> Path:
+    return next((report.parent / "bundles").glob("*_int8hu_s1"))
 
 
 def test_a_gate_that_could_not_run_is_no_pass(checkout):
