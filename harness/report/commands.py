@@ -9,6 +9,9 @@ from harness.report.plain import mapping, rows, text
 from harness.report.read import Judged
 from harness.report.view import first_broken, title
 
+SHARED = ("checkpoint", "graph", "bundle", "vision-bundle", "oracle", "mode", "device", "cases", "bounds", "policy")
+"""Options of `pytest ladders/` that `harness ladder` has too."""
+
 
 def commands(judged: Judged) -> list[tuple[str, str]]:
     """What each figure can be had again by, ready to copy; options are those of the run itself."""
@@ -53,13 +56,22 @@ def _words(command: str) -> list[str]:
 def _option(command: str, name: str) -> list[str]:
     """The value of an option, in a list, or none."""
     words = _words(command)
-    return words[words.index(name) + 1:][:1] if name in words else []
+    joined = next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), None)
+    return [joined] if joined is not None else words[words.index(name) + 1:][:1] if name in words else []
 
 
 def _ladder(command: str, rung: str, case: str | None = None) -> str:
-    """A `harness gate` command narrowed to one rung, without the folder it wrote: a part must not replace the whole."""
+    """A command narrowed to one rung, without the folder it wrote: a part must not replace the whole.
+
+    `pytest ladders/` takes the same options as `harness gate`, but for the checkpoint, which stands alone there.
+    """
     words = _words(command)
     options = words[2:] if words[:1] == ["harness"] else []
+    if words[:1] == ["pytest"]:
+        split = [part for word in words[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        given = {name: value[0] for name in SHARED if (value := _option(shlex.join(split), f"--{name}"))}
+        options = [given.pop("checkpoint")] if "checkpoint" in given else []
+        options += [part for name, value in given.items() for part in (f"--{name}", value)]
     if "--out" in options:
         at = options.index("--out")
         options = options[:at] + options[at + 2:]
