@@ -1,7 +1,8 @@
 """The pictures of the README: python reports/screenshots/make.py REPORT FAILING
 
 REPORT is a folder of `harness gate`; FAILING one of a conversion with a fault in it, ours being `shifted.py`:
-PYTHONPATH=reports/screenshots harness gate --graph shifted:factory --out reports/shifted
+PYTHONPATH=reports/screenshots harness gate --graph shifted:factory --out reports/shifted \\
+  --bundle REPORT/bundles/qwen3_vl_tiny_decode_int8hu_s1 --vision-bundle REPORT/bundles/qwen3_vl_tiny_vision
 Needs Chromium. Pictures are reduced to 256 colours, so that each stays below 200 kB.
 """
 
