@@ -7,6 +7,7 @@ against. A record made up whole and consistently is caught by a signature only: 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,9 +64,14 @@ def missing(run: Run) -> Iterator[str]:
     exported = subject.get("exported", any(verdict.case.endswith(SHARP) for verdict in run.verdicts))
     if not any(kind.engine for kind in kinds.values()):
         yield "no case was run on the engine"
-    answered = {(verdict.rung, verdict.case, verdict.seam) for verdict in run.verdicts}
-    for (rung, case), seams in planned(geometry, kinds, str(subject.get("mode")), bool(exported)).items():
-        lacking = [seam for seam in seams if (rung, case, seam) not in answered]
+    plan = planned(geometry, kinds, str(subject.get("mode")), bool(exported))
+    counted = Counter((verdict.rung, verdict.case, verdict.seam) for verdict in run.verdicts)
+    yield from (f"{rung}[{case}-{seam}] stands {count} times in the record, a rung answers once"
+                for (rung, case, seam), count in counted.items() if count > 1)
+    yield from (f"{rung}[{case}] is no case that such a run judges"
+                for rung, case in sorted({key[:2] for key in counted} - set(plan)))
+    for (rung, case), seams in plan.items():
+        lacking = [seam for seam in seams if (rung, case, seam) not in counted]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             yield f"{rung}[{case}-{lacking[0]}]{more} must be answered in a whole run and is not"

@@ -190,6 +190,8 @@ def _mode(record: Record) -> None:
     ("healthy", _no_engine, "no case was run on the engine"), ("healthy", _no_because, "because"),
     ("healthy", _cosine, "which nothing has"), ("healthy", _mode, "int4"),
     ("healthy", lambda record: record.update(bounds=[]), "bound"),
+    ("healthy", lambda record: record["verdicts"].append(record["verdicts"][0]), "stands 2 times"),
+    ("healthy", lambda record: record["verdicts"].append({**record["verdicts"][0], "case": "other"}), "is no case that"),
     ("healthy", lambda record: record["subject"]["checkpoint"].update(geometry={}), "cannot be told"),
     ("healthy", lambda record: record["subject"]["checkpoint"]["geometry"].update(layers=10**12), "no model's"),
     ("healthy", lambda record: rows(record, "decoder", "logits")[0].update(value=1e-9), "its figures give"),
