@@ -90,6 +90,22 @@ def _made_for(row: dict[str, Any]) -> dict[str, Any]:
         return row
 
 
+def bounds_from(rows: Any) -> Bounds:
+    """Bounds of a run record, as strictly read as a file's. Raises HarnessError where a row is none."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise HarnessError("must be a list of tables", where="bounds")
+    with within("bounds"):
+        try:
+            return Bounds(_bound(number, row) for number, row in enumerate(rows, 1))
+        except (TypeError, ValueError) as error:
+            raise HarnessError(f"holds what no bound has ({error})") from error
+
+
+def engine_key(engine: Any, mode: Any, hidden: Any, wide: bool = False) -> str:
+    """What bounds on an engine belong to: engine, mode, activations where they are wide, and width."""
+    return f"{engine}:{mode}{'-fp32' if wide else ''}:h{hidden}"
+
+
 def _bound(number: int, row: dict[str, Any]) -> Bound:
     with within(f"bound {number} ({row.get('rung')} {row.get('metric')})"):
         unknown = sorted(set(row) - set(Bound.__dataclass_fields__))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import __version__
 from harness import arguments as takes
+from harness import checking
 from harness.errors import ExitCode, HarnessError
 
 if TYPE_CHECKING:
@@ -178,33 +179,6 @@ def _faults(arguments: Arguments) -> int:
     return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
 
 
-def _verify(arguments: Arguments) -> int:
-    from harness.bundle import Bundle
-    from harness.gate import verify
-    from harness.policy import load_policy
-    from harness.session import read_report
-    from harness.verdict import Outcome, exit_code
-
-    record, certificate = read_report(arguments.report)
-    digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
-    least = load_policy(arguments.policy) if arguments.policy else None
-    found = verify(record, certificate, digest, least)
-    for sentence in found:
-        print(f"does not match: {sentence}")
-    if found:
-        return ExitCode.FAIL
-    speaks = f" and speaks for {arguments.bundle}" if arguments.bundle else "; give the bundle to check its bytes too"
-    print(f"{certificate['outcome']}: the certificate agrees with its record{speaks}")
-    return exit_code(Outcome(certificate["outcome"]))
-
-
-def _report(arguments: Arguments) -> int:
-    from harness.session import rerender
-
-    print(rerender(arguments.report, card=arguments.card, index=arguments.index))
-    return ExitCode.PASS
-
-
 def _doctor(arguments: Arguments) -> int:
     from harness.doctor import examine
 
@@ -221,8 +195,10 @@ VERBS = {
                       (takes.subject, takes.calibrate), _calibrate),
     "faults": Verb("switch known faults on one at a time and count what is caught and named",
                    (takes.subject, takes.faults), _faults),
-    "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
-    "report": Verb("render reports again from their records", (takes.report,), _report),
+    "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), checking.verify),
+    "publish-check": Verb("is there a certificate for exactly this bundle? the line before an upload",
+                          (takes.publish_check,), checking.publish_check),
+    "report": Verb("render reports again from their records", (takes.report,), checking.report),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.faults import Fault, baselines
 from harness.faults.place import matches, op, same_block
-from harness.faults.suspect import Host, Suspect
+from harness.faults.suspect import Host, Suspect, engine_key
 from harness.faults.tables import ship
 from harness.gate import fold
 from harness.localize import broken
@@ -103,7 +103,12 @@ class Bench:
             raise HarnessError(f"healthy, and yet {decision.reason}", where="the run that evidence is made of",
                                fix="calibrate the bounds for this checkpoint")
         run.policy, run.bounds = self.subject.policy.record(), self.subject.bounds.record()
-        run.subject = {"bundle": {"digest": BUNDLE}, "checkpoint": {"digest": self.subject.checkpoint.digest}}
+        run.subject = {"bundle": {"digest": BUNDLE}, "mode": suspect.mode, "exported": suspect.options.bundle is None,
+                       "checkpoint": {"digest": self.subject.checkpoint.digest,
+                                      "geometry": self.subject.geometry.record()}}
+        run.engine = {"name": engine_key(self.subject).split(":")[0]}
+        run.cases = [{"name": name, "image": bool(case.images), "engine": case.engine}
+                     for name, case in self.subject.cases.items()]
         return run
 
     @cached_property

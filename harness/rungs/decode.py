@@ -13,6 +13,7 @@ from harness.engines import Request
 from harness.greedy import greedy
 from harness.ladder import judge
 from harness.metrics import kl_divergence
+from harness.plan import cache_seams
 from harness.rungs.contract import offset
 from harness.subject import Subject
 from harness.trace import Trace
@@ -71,11 +72,6 @@ def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarra
     return Verdict(rung, case, "kl", Outcome.PASS if kl[worst] <= limit else Outcome.FAIL,
                    f"KL at most {kl[worst]:.3g} nats, at position {worst}; top-1 agrees on {agree:.1%}", "kl",
                    float(kl[worst]), limit, figures={"mean": float(kl.mean()), "top1": agree, "at": worst})
-
-
-def cache_seams(layers: int) -> tuple[str, ...]:
-    """Names of the cache of every layer."""
-    return tuple(f"kv.{part}.{layer:02d}" for layer in range(layers) for part in ("keys", "values"))
 
 
 def by_layer(trace: Mapping[str, np.ndarray]) -> Trace:
