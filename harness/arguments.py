@@ -88,6 +88,8 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
     parser.add_argument("--policy", type=Path, metavar="TOML",
                         help="policy that the run's own must not be laxer than")
+    parser.add_argument("--bounds", type=Path, metavar="TOML",
+                        help="bounds that the run's own must not be wider than")
 
 
 def report(parser: argparse.ArgumentParser) -> None:

@@ -178,6 +178,7 @@ def _faults(arguments: Arguments) -> int:
 
 
 def _verify(arguments: Arguments) -> int:
+    from harness.bounds import load_bounds
     from harness.bundle import Bundle
     from harness.gate import verify
     from harness.policy import load_policy
@@ -187,7 +188,8 @@ def _verify(arguments: Arguments) -> int:
     record, certificate = read_report(arguments.report)
     digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
     least = load_policy(arguments.policy) if arguments.policy else None
-    found = verify(record, certificate, digest, least)
+    limits = load_bounds(arguments.bounds).record() if arguments.bounds else None
+    found = verify(record, certificate, digest, least, limits)
     for sentence in found:
         print(f"does not match: {sentence}")
     if found:

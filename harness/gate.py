@@ -13,6 +13,7 @@ from harness.errors import HarnessError
 from harness.ladder import NAMES
 from harness.policy import Policy, policy_from
 from harness.run import Run, run_from_record
+from harness.scrutiny import complaints
 from harness.verdict import Outcome, Verdict, exit_code, worst
 
 SCHEMA = 1
@@ -117,11 +118,11 @@ def rejudge(verdict: Verdict) -> Outcome:
 
 
 def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest: str | None = None,
-           least: Policy | None = None) -> list[str]:
+           least: Policy | None = None, limits: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
     """Recompute a certificate from its run record, and compare; a list of sentences, empty where all agrees.
 
     `bundle_digest` is that of the bundle in hand: the certificate must speak for exactly these bytes. `least` is the
-    policy that the run's own must not be laxer than.
+    policy that the run's own must not be laxer than, `limits` the rows of the bounds that its own must not be wider than.
     """
     try:
         run, policy = run_from_record(record), policy_from(dict(record["policy"]))
@@ -140,6 +141,7 @@ def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest:
             found.append(f"{verdict.id} says {verdict.outcome.value}, its figure {verdict.value} is past {verdict.bound}")
         found += [f"{verdict.id} records a cosine of {value}, which nothing has" for value in _cosines(verdict.figures)
                   if not -ONE <= value <= ONE]
+    found += complaints(run, recomputed["outcome"] == Outcome.PASS.value, limits)
     if least is not None and not policy.stricter_or_equal(least):
         found.append(f"the run was judged by policy {policy.name!r}, which is laxer than {least.name!r}")
     spoken = (run.subject.get("bundle") or {}).get("digest")

@@ -93,7 +93,7 @@ class Subject:
     def oracle(self) -> Oracle:
         """The oracle given, or one recorded (or resumed) now."""
         if self.options.oracle is not None:
-            return Oracle.open(self.options.oracle, checkpoint_digest=self.checkpoint.digest)
+            return Oracle.open(self.options.oracle, self.checkpoint.digest, self.geometry.record())
         from harness.oracle import record
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
@@ -114,10 +114,9 @@ class Subject:
         if changed:
             raise HarnessError(changed, where=case, fix="record the oracle again")
         found = self.oracle.case(case)
-        narrow = found.rounded()
-        if narrow:
-            raise HarnessError(f"every recorded value fits {narrow}, so it was not recorded in float32", where=case,
-                               fix="record the oracle again")
+        flaw = found.flaw()
+        if flaw:
+            raise HarnessError(flaw, where=case, fix="record the oracle again")
         return found
 
     def sequence(self, case: str) -> np.ndarray:

@@ -155,9 +155,9 @@ def policy_excuses_unanswered(evidence: Evidence) -> None:
     evidence.edit(lambda record: record["policy"].update(allow_unanswered=["*:*"]))
 
 
-@fault("evidence", "verify", "certificate|bundle", source="G09")
-def certificate_of_another_bundle(evidence: Evidence) -> None:
-    """the certificate's digest rewritten to the bundle in hand, the record is of another"""
+@fault("evidence", "verify", "certificate|bundle|record", source="G09")
+def record_of_another_bundle(evidence: Evidence) -> None:
+    """the record is of another bundle than its certificate"""
     def change(record):
         record["subject"]["bundle"]["digest"] = "c" * 64
 
@@ -170,15 +170,12 @@ def record_of_no_bundle(evidence: Evidence) -> None:
     evidence.edit(lambda record: record["subject"].update(bundle=None))
 
 
-@fault("evidence", "verify", "certificate", source="G13")
-def certificate_counts_more(evidence: Evidence) -> None:
-    """the certificate claims more verdicts than the record holds"""
+@fault("evidence", "verify", "certificate|record", source="G13")
+def certificate_without_a_digest(evidence: Evidence) -> None:
+    """the certificate no longer binds the verdicts"""
     path = evidence.folder / "certificate.json"
     held = json.loads(path.read_text(encoding="utf-8"))
-    rungs = held["rungs"]
-    row = rungs[0] if isinstance(rungs, list) else rungs[next(iter(rungs))]
-    key = next(name for name, value in row.items() if isinstance(value, int))
-    row[key] += 100
+    held["digests"].pop("verdicts")
     path.write_text(json.dumps(held), encoding="utf-8")
 
 

@@ -90,6 +90,7 @@ class Bench:
     def green(self) -> Run:
         """A healthy run of all ten rungs, with the loop for its engine."""
         from harness.faults.proof import BUNDLE
+        from harness.session import case_row
 
         suspect, run = Suspect(self.subject), Run(command="harness faults")
         suspect.tables = ship(self.subject)
@@ -101,7 +102,9 @@ class Bench:
             raise HarnessError(f"healthy, and yet {decision.reason}", where="the run that evidence is made of",
                                fix="calibrate the bounds for this checkpoint")
         run.policy, run.bounds = self.subject.policy.record(), self.subject.bounds.record()
-        run.subject = {"bundle": {"digest": BUNDLE}, "checkpoint": {"digest": self.subject.checkpoint.digest}}
+        run.subject = {"bundle": {"digest": BUNDLE}, "checkpoint": {"digest": self.subject.checkpoint.digest,
+                                                                    "geometry": self.subject.geometry.record()}}
+        run.cases = [case_row(self.subject, name) for name in self.subject.cases]
         return run
 
     @cached_property
