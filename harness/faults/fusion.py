@@ -167,7 +167,8 @@ def taps_leave_in_reverse(graph: Reference) -> None:
         image, deepstack.reshape(3, -1, deepstack.shape[1]).flip(0).reshape(deepstack.shape)))
 
 
-@fault("graph", "contract|vision|decoder", "vision.merger|decoder.embed|vision.deepstack.0", source="D06")
+@fault("graph", "contract|vision|decoder", "vision.merger|decoder.embed|vision.deepstack.0|decoder.layers.00.deepstack",
+       source="D06")
 def payload_exchanged(graph: Reference) -> None:
     """the vision tower's main output and its first DeepStack block in each other's place"""
     tower = bend_vision(graph)

@@ -30,6 +30,8 @@ class Reading:
     error: float | None
     words: str
     lacking: str = ""
+    place: str = ""
+    """The seam that an error of behaviour shows at first, where it can be told."""
 
 
 def planned(depths: Depths) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ def planned(depths: Depths) -> tuple[str, ...]:
     found = []
     for seam in (*vision_seams(depths, inside=True), *decoder_seams(depths, inside=True)):
         family = next((names for prefix, names in ops.items() if seam.startswith(prefix)), ())
-        if seam == "decoder.norm" or seam.endswith(tuple(f".{op}" for op in family)):
+        if seam in ("vision.embed", "decoder.norm") or seam.endswith(tuple(f".{op}" for op in family)):
             found.append(seam)
         if seam.startswith("decoder.") and seam.endswith(".attn.context"):
             layer = seam.split(".")[2]
