@@ -90,21 +90,21 @@ def _absent(run: Run) -> Iterator[str]:
     there: dict[tuple[str, str], set[str]] = {}
     for one in run.verdicts:
         there.setdefault((one.rung, one.case), set()).add(one.seam)
-    planned = dict(_planned(SimpleNamespace(**geometry), run.cases, {case for rung, case in there if rung == "engine"}))
-    for (rung, case), seams in planned.items():
+    wanted = dict(planned(SimpleNamespace(**geometry), run.cases, {case for rung, case in there if rung == "engine"}))
+    for (rung, case), seams in wanted.items():
         found = there.get((rung, case), set())
         for seam in sorted(seams - found)[:1]:
             yield f"{rung}[{case}-{seam}] is not in the record, and {len(seams - found) - 1} more of this case"
         for seam in sorted(found - seams)[:1]:
             yield f"{rung}[{case}-{seam}] is a row that no rung writes"
-    judged = {rung for rung, _ in planned}
+    judged = {rung for rung, _ in wanted}
     for rung, case in there:
-        if rung in judged and (rung, case) not in planned and case != "mode":
+        if rung in judged and (rung, case) not in wanted and case != "mode":
             yield f"{rung}[{case}] is a case that the record does not describe"
     yield from _alike(there, run.cases)
 
 
-def _planned(geometry: Any, cases: Sequence[Mapping[str, Any]], engine: set[str]) -> Iterator[tuple]:
+def planned(geometry: Any, cases: Sequence[Mapping[str, Any]], engine: set[str]) -> Iterator[tuple]:
     """((rung, case), seams) as the rungs plan them."""
     vision, decoder = set(vision_seams(geometry)), set(decoder_seams(geometry))
     cache = {f"kv.{part}.{layer:02d}" for part in ("keys", "values") for layer in range(geometry.layers)}
@@ -143,6 +143,6 @@ def _wider(bounds: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, An
     for row in bounds:
         place = tuple(row[name] for name in key)
         if place not in force or row["limit"] > force[place]:
-            yield (f"the record judges {' '.join(place)} by {row['limit']:g}, the bounds in force say "
-                   f"{force[place]:g}" if place in force else f"the record has a bound on {' '.join(place)}, which is not in force")
+            right = f"the bounds in force say {force[place]:g}" if place in force else "which is not in force"
+            yield f"the record judges {' '.join(place)} by {row['limit']:g}, {right}"
             return

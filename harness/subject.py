@@ -144,10 +144,12 @@ class Subject:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Image numbers of the checkpoint's preprocessor_config.json."""
+        """Image numbers of preprocessor_config.json: the bundle's own where it carries one, else the checkpoint's."""
         from harness.host import Preprocessing
 
-        return Preprocessing.from_config(read_json(self.checkpoint.root / "preprocessor_config.json"))
+        name = "preprocessor_config.json"
+        root = self.tokenizer if (self.tokenizer / name).is_file() else self.checkpoint.root
+        return Preprocessing.from_config(read_json(root / name))
 
     @property
     def tokenizer(self) -> Path:
@@ -181,6 +183,12 @@ class Subject:
         from harness.host import host_inputs_for
 
         return host_inputs_for(self.cases[case], self.tokenizer, self.preprocessing)
+
+    def made_patches(self, image: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """What it makes of an RGB image: patches and grid."""
+        from harness.host import make_patches
+
+        return make_patches(image, self.preprocessing)
 
     @property
     def host(self) -> Callable[..., HostInputs]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from harness import scrutiny
 from harness.errors import HarnessError
 from harness.gate import certificate, digest_of, fold, verify
 from harness.ladder import NAMES
@@ -14,6 +16,8 @@ from harness.policy import load_policy, policy_from
 from harness.run import Run, run_from_record, write_json
 from harness.verdict import Outcome, Verdict
 
+GEOMETRY = {"layers": 1, "vision_layers": 1, "deepstack_taps": [0]}
+CASES = [{"name": name, "image": {"count": 4}, "engine": True} for name in ("a", "b")]
 POLICY = policy_from({"name": "test", "allow_skip": [], "allow_unanswered": ["engine:decoder.*"], "min_cases": 2,
                       "modes": ["fp16"]})
 
@@ -72,8 +76,16 @@ def test_a_verdict_of_an_unknown_rung_is_no_pass():
     assert fold([*healthy(), passing("vibes", "a")], POLICY).outcome is Outcome.ERROR
 
 
+def whole() -> list[Verdict]:
+    """Every row that two cases of a model with one layer call for."""
+    planned = dict(scrutiny.planned(SimpleNamespace(**GEOMETRY), CASES, set()))
+    return [*(passing(rung, case) for rung in ("contract", "inputs", "weights") for case in ("a", "b")),
+            *(passing(rung, case, seam) for (rung, case), seams in planned.items() for seam in sorted(seams))]
+
+
 def run() -> Run:
-    return Run(policy=POLICY.record(), verdicts=healthy(), subject={"bundle": {"digest": "b1"}})
+    return Run(policy=POLICY.record(), verdicts=whole(), cases=CASES,
+               subject={"bundle": {"digest": "b1"}, "checkpoint": {"geometry": GEOMETRY}})
 
 
 def signed() -> tuple[dict, dict]:
@@ -153,3 +165,37 @@ def test_a_bad_policy_is_refused(change, word):
     table = {key: value for key, value in table.items() if value is not None}
     with pytest.raises(HarnessError, match=word):
         policy_from(table)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda record: record["verdicts"].append(record["verdicts"][0]), "stands 2 times"),
+    (lambda record: record["verdicts"].pop(), "is not in the record"),
+    (lambda record: record["verdicts"][-1].update(seam="decoder.layers.99"), "no rung writes"),
+    (lambda record: record["verdicts"][-1].update(value=-1.0), "is no distance"),
+    (lambda record: record["verdicts"][-1].update(value=None, bound=None), "without a figure"),
+    (lambda record: record.update(cases=[]), "names no geometry or no case"),
+    (lambda record: record["cases"].append({"name": "c", "image": None, "engine": False}), "is not in the record"),
+    (lambda record: record.update(bounds=[_limit(1e-3)]), "by 0.001, the bounds in force say 1e-06"),
+    (lambda record: record.update(bounds=[_limit(1e-7)]), "which no bound of the record"),
+])
+def test_a_signed_record_that_no_run_can_have_written(spoil, says):
+    record, _ = signed()
+    spoil(record)
+    claimed = certificate(run_from_record(record), POLICY)
+    assert says in " ".join(verify(record, claimed, "b1", None, [_limit(1e-6)]))
+
+
+def test_figures_past_their_bound_are_seen_behind_a_small_value():
+    record, _ = signed()
+    record["bounds"] = [_limit(1e-6)]
+    row = next(row for row in record["verdicts"] if row["rung"] == "decoder")
+    for figures, wrong in (({"": {"all": {"rel_l2": 1e-7}}}, False), ({"": {"all": {"rel_l2": 0.5}}}, True),
+                           ({"": {"all": {"rel_l2": "nan"}}}, True)):
+        row["figures"] = figures
+        found = verify(record, certificate(run_from_record(record), POLICY), "b1", None, [_limit(1e-6)])
+        assert bool(found) is wrong, found
+
+
+def _limit(limit: float) -> dict:
+    return {"rung": "decoder", "metric": "rel_l2", "limit": limit, "measured": 0.0, "because": "a test", "date": "2026-11-25",
+            "seams": "*", "engine": "*"}

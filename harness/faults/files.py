@@ -79,6 +79,12 @@ class Files:
         """Change the `number`-th table of a shape, in order of use: its codes, or its `scale`."""
         tables = [table for table in self.healthy[bundle].weights if table.shape == shape]
         constant = getattr(tables[number], part)
+        if constant.resource is None:  # small ones stand in the program itself
+            held = np.array(constant.array)
+            old = held.tobytes()
+            change(held)
+            self.swap(bundle, old, held.tobytes())
+            return
         blob = read_resources(self.asset(bundle) / PROGRAM)[constant.resource]
 
         def edit(data: bytearray) -> None:

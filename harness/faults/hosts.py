@@ -41,7 +41,7 @@ def deviation_of_another_family(host: Host) -> None:
     host.preprocessing = replace(host.preprocessing, std=(0.229, 0.224, 0.225))
 
 
-@fault("host", "inputs", "patches", source="T10")
+@fault("host", "inputs", "patches|*.patches", source="T10")
 def rescaled_by_256(host: Host) -> None:
     """pixels divided by 256 instead of 255"""
     _patches(host, lambda made, grid: (made * 0.5 + 0.5) * np.float32(255 / 256) * 2 - 1)
@@ -99,7 +99,7 @@ def image_turned(host: Host) -> None:
     wrap(host, "load", lambda plain, *arguments: plain(*arguments).transpose(Image.Transpose.TRANSPOSE))
 
 
-@fault("host", "inputs", "grid|patches|ids|sizes*|size*", source="T03")
+@fault("host", "inputs", "*.grid|*.patches", source="T03")
 def odd_sizes_rounded_up(host: Host) -> None:
     """sizes that are no multiple of 32 rounded up instead of to the nearest"""
     def patches(plain, image, preprocessing):
@@ -109,19 +109,19 @@ def odd_sizes_rounded_up(host: Host) -> None:
     wrap(host, "patches", patches)
 
 
-@fault("host", "inputs", "grid|patches|ids|sizes*|size*", source="T03")
+@fault("host", "inputs", "*.grid|*.patches", source="T03")
 def large_images_kept_large(host: Host) -> None:
     """the bound on an image's area is not applied"""
     wrap(host, "patches", lambda plain, image, preprocessing: plain(image, replace(preprocessing, most=1 << 40)))
 
 
-@fault("host", "inputs", "grid|patches|ids|sizes*|size*", source="T03")
+@fault("host", "inputs", "*.grid|*.patches", source="T03")
 def small_images_kept_small(host: Host) -> None:
     """the least area of an image is not applied"""
     wrap(host, "patches", lambda plain, image, preprocessing: plain(image, replace(preprocessing, least=1)))
 
 
-@fault("host", "inputs", "patches|sizes*|size*", source="T09")
+@fault("host", "inputs", "*.patches", source="T09")
 def odd_sizes_resampled_bilinear(host: Host) -> None:
     """images that need resizing are resized bilinearly"""
     def patches(plain, image, preprocessing):

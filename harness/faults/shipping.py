@@ -12,8 +12,8 @@ from harness.faults import fault
 from harness.faults.files import Files
 
 TEXT, VISION = "model.language_model", "model.visual"
-SPLAT2, SPLAT4 = b"\x05", b"\x09"
-"""How MLIR bytecode announces two and four bytes of a constant: a prefix varint."""
+SPLAT4, SPLAT16 = b"\x09", b"\x21"
+"""How MLIR bytecode announces four and sixteen bytes of a constant: a prefix varint."""
 
 
 def _i32(value: int) -> bytes:
@@ -112,34 +112,28 @@ def merger_norm_in_the_file(files: Files) -> None:
     files.table(files.vision, (48,), weights[-1], lambda norm: norm.__setitem__(..., other))
 
 
-@fault("asset", "weights", "gelu.flavour", source="N06")
-def gelu_in_the_file(files: Files) -> None:
-    """the string of the vision program's GELU attribute says none for tanh"""
-    files.swap(files.vision, b"\0tanh\0", b"\0none\0")
-
-
-@fault("asset", "weights", "rope.*|image.*|constant*", source="P10")
+@fault("asset", "weights", "rope.*|image.*|decoder.layers.00|kv.keys.00", source="P10")
 def image_width_in_the_program(files: Files) -> None:
     """the program divides slots by 16, the width of another image"""
     files.swap(files.decoder, _i32(14), _i32(16))
 
 
-@fault("asset", "weights", "image.*|vocab*|constant*", source="R06")
+@fault("asset", "weights", "image.*|decoder.embed", source="R06")
 def first_image_id_in_the_program(files: Files) -> None:
-    """the program takes ids from 511 on for image slots"""
-    files.swap(files.decoder, _i32(512), _i32(511))
+    """the program takes ids from 510 on for image slots"""
+    files.swap(files.decoder, _i32(512), _i32(510))
 
 
-@fault("asset", "weights", "image.*|slots*|deepstack*|constant*", source="D13")
+@fault("asset", "weights", "image.*|decoder.layers.01.deepstack|decoder.embed", source="D13")
 def deepstack_offset_in_the_program(files: Files) -> None:
-    """the program reads the second tap's rows one row early"""
-    files.swap(files.decoder, _i32(196), _i32(195))
+    """the program reads the second tap's rows one row late"""
+    files.swap(files.decoder, _i32(196), _i32(197))
 
 
-@fault("asset", "weights", "image.*|slots*|deepstack*|constant*", source="D13")
+@fault("asset", "weights", "image.*|decoder.layers.02.deepstack", source="D13")
 def last_tap_offset_in_the_program(files: Files) -> None:
-    """the program reads the second tap's rows again for the third"""
-    files.swap(files.decoder, _i32(392), _i32(196))
+    """the program reads the third tap's rows one row early"""
+    files.swap(files.decoder, _i32(392), _i32(391))
 
 
 @fault("asset", "weights", "rope.*", source="P04")
@@ -147,8 +141,7 @@ def lanes_in_the_program(files: Files) -> None:
     """the program's table of the lanes that turn with w is rolled by one"""
     lanes = np.zeros(16, np.uint8)
     lanes[[2, 5, 8, 11]] = 1
-    old, new = (SPLAT2 + np.packbits(bits, bitorder="little").tobytes() for bits in (lanes, np.roll(lanes, 1)))
-    files.swap(files.decoder, old, new)
+    files.swap(files.decoder, SPLAT16 + lanes.tobytes(), SPLAT16 + np.roll(lanes, 1).tobytes())
 
 
 @fault("asset", "check|inputs", "*", source="T01")
