@@ -22,6 +22,7 @@ WORDED = {("quantized", "mode")}
 SIBLINGS = ("contract", "inputs", "weights")
 """Rungs whose rows follow from no geometry: cases of one kind must answer alike."""
 SHARP = "~sharp"
+DEPTHS = ("layers", "vision_layers", "deepstack_taps")
 
 
 def complaints(run: Run, passed: bool, limits: Sequence[Mapping[str, Any]] | None = None) -> Iterator[str]:
@@ -84,7 +85,8 @@ def _parts(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _absent(run: Run) -> Iterator[str]:
     """Rows that the cases and the geometry of the record call for and that are not there, or the other way round."""
     geometry = ((run.subject or {}).get("checkpoint") or {}).get("geometry")
-    if not geometry or not run.cases:
+    if not set(DEPTHS) <= set(geometry or {}) or not all({"name", "image", "engine"} <= set(case) for case in run.cases) \
+            or not run.cases:
         yield "says PASS and names no geometry or no case, so nobody can tell whether all was judged"
         return
     there: dict[tuple[str, str], set[str]] = {}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from command_line import BUNDLE, CASES, JUDGE, bundle, edit, here, made, refused  # noqa: F401  fixtures
-from fake_run import record_of, signed
+from fake_run import POLICY, signed
 from random_models import write_checkpoint
+from whole_run import whole_run
 
 from harness.bundle import Bundle
 from harness.cli import main
@@ -192,8 +193,7 @@ def test_a_defect_of_ours_is_no_verdict(here, refused, monkeypatch, error):
 @pytest.fixture
 def report(here: Path, bundle: Path) -> Path:
     """A report that passes and speaks for `bundle`."""
-    record = record_of("healthy")
-    record["subject"]["bundle"]["digest"] = Bundle.open(bundle).digest
+    record = whole_run(POLICY, Bundle.open(bundle).digest).record()
     folder = here / "report"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(record))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
+from whole_run import whole_run
 
-from harness import scrutiny
 from harness.errors import HarnessError
 from harness.gate import certificate, digest_of, fold, verify
 from harness.ladder import NAMES
@@ -16,8 +15,6 @@ from harness.policy import load_policy, policy_from
 from harness.run import Run, run_from_record, write_json
 from harness.verdict import Outcome, Verdict
 
-GEOMETRY = {"layers": 1, "vision_layers": 1, "deepstack_taps": [0]}
-CASES = [{"name": name, "image": {"count": 4}, "engine": True} for name in ("a", "b")]
 POLICY = policy_from({"name": "test", "allow_skip": [], "allow_unanswered": ["engine:decoder.*"], "min_cases": 2,
                       "modes": ["fp16"]})
 
@@ -76,16 +73,8 @@ def test_a_verdict_of_an_unknown_rung_is_no_pass():
     assert fold([*healthy(), passing("vibes", "a")], POLICY).outcome is Outcome.ERROR
 
 
-def whole() -> list[Verdict]:
-    """Every row that two cases of a model with one layer call for."""
-    planned = dict(scrutiny.planned(SimpleNamespace(**GEOMETRY), CASES, set()))
-    return [*(passing(rung, case) for rung in ("contract", "inputs", "weights") for case in ("a", "b")),
-            *(passing(rung, case, seam) for (rung, case), seams in planned.items() for seam in sorted(seams))]
-
-
 def run() -> Run:
-    return Run(policy=POLICY.record(), verdicts=whole(), cases=CASES,
-               subject={"bundle": {"digest": "b1"}, "checkpoint": {"geometry": GEOMETRY}})
+    return whole_run(POLICY.record(), "b1")
 
 
 def signed() -> tuple[dict, dict]:
@@ -187,15 +176,15 @@ def test_a_signed_record_that_no_run_can_have_written(spoil, says):
 
 def test_figures_past_their_bound_are_seen_behind_a_small_value():
     record, _ = signed()
-    record["bounds"] = [_limit(1e-6)]
+    record["bounds"] = [_limit(0.0)]
     row = next(row for row in record["verdicts"] if row["rung"] == "decoder")
-    for figures, wrong in (({"": {"all": {"rel_l2": 1e-7}}}, False), ({"": {"all": {"rel_l2": 0.5}}}, True),
-                           ({"": {"all": {"rel_l2": "nan"}}}, True)):
+    for figures, wrong in (({"": {"all": {"mismatches": 0.0}}}, False), ({"": {"all": {"mismatches": 0.5}}}, True),
+                           ({"": {"all": {"mismatches": "nan"}}}, True)):
         row["figures"] = figures
-        found = verify(record, certificate(run_from_record(record), POLICY), "b1", None, [_limit(1e-6)])
+        found = verify(record, certificate(run_from_record(record), POLICY), "b1", None, [_limit(0.0)])
         assert bool(found) is wrong, found
 
 
 def _limit(limit: float) -> dict:
-    return {"rung": "decoder", "metric": "rel_l2", "limit": limit, "measured": 0.0, "because": "a test", "date": "2026-11-25",
+    return {"rung": "decoder", "metric": "mismatches", "limit": limit, "measured": 0.0, "because": "a test", "date": "2026-11-25",
             "seams": "*", "engine": "*"}

@@ -1,4 +1,4 @@
-"""Tokenizer, template and image once more: one colour, one level, odd sizes, normalised text, and limits no short prompt meets."""
+"""Tokenizer, template and image once more: one colour, one level, odd sizes, and limits that no short prompt meets."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def value_written_a_slot_early_in_the_program(files: Files) -> None:
         def recall(plain, cache, k, v, visible):
             keys, values = plain(cache, k, v, visible)
             total, layer = visible.shape[1], attention.layer
-            cache[1][layer:layer + 1] = torch.slice_scatter(cache[1][layer:layer + 1], v.unsqueeze(0), 3, total - 2, total - 1)
+            held = cache[1][layer:layer + 1]
+            cache[1][layer:layer + 1] = torch.slice_scatter(held, v.unsqueeze(0), 3, total - 2, total - 1)
             return keys, values
 
         wrap(attention, "recall", recall)

@@ -32,7 +32,7 @@ _bench: Bench | None = None
 
 
 def chosen(kinds: Sequence[str] | None = None, fast: bool = False, only: Sequence[str] | None = None) -> list[Fault]:
-    """The faults of some classes and of some names, all by default; of the fast subset only what needs no exported bundle."""
+    """Faults of some classes and names, all by default; of the fast subset only what needs no exported bundle."""
     found = [fault for kind in kinds or KINDS for fault in faults(kind)
              if not only or any(fnmatchcase(fault.id, pattern) for pattern in only)]
     if not fast:
