@@ -186,5 +186,5 @@ def test_figures_past_their_bound_are_seen_behind_a_small_value():
 
 
 def _limit(limit: float) -> dict:
-    return {"rung": "decoder", "metric": "mismatches", "limit": limit, "measured": 0.0, "because": "a test", "date": "2026-11-25",
-            "seams": "*", "engine": "*"}
+    return {"rung": "decoder", "metric": "mismatches", "limit": limit, "measured": 0.0, "because": "a test",
+            "date": "2026-11-25", "seams": "*", "engine": "*"}

@@ -1,7 +1,8 @@
 """The equivalent-mutant check: whether a fault changes anything at all in the thing under test, judge aside.
 
-A graph is run whole, in calls of 37 tokens and token by token, on a square and on another grid, and on a text longer than
-any case, and its norms and MLPs alone on rows of several sizes; an engine's loop, a host and a bundle's tables are compared value by value.
+A graph is run whole, in calls of 37 tokens and token by token, on a square and on another grid, and on a text longer
+than any case, and its norms and MLPs alone on rows of several sizes; an engine's loop, a host and a bundle's tables are
+compared value by value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evidence once more: single rows, repeated rows, invented cases, wider bounds, and an oracle that is nearly the right one."""
+"""Evidence once more: rows lost, repeated or invented, wider bounds, and an oracle that is nearly the right one."""
 
 from __future__ import annotations
 

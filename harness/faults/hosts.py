@@ -173,7 +173,8 @@ def double_breaks_joined(host: Host) -> None:
 @fault("host", "inputs", "ids", source="T06")
 def thinking_opened(host: Host) -> None:
     """the assistant's turn opens with an empty thought"""
-    wrap(host, "text", lambda plain, case: plain(case).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    opening = "<|im_start|>assistant\n"
+    wrap(host, "text", lambda plain, case: plain(case).replace(opening, f"{opening}<think>\n"))
 
 
 @fault("host", "inputs", "ids", source="T06")

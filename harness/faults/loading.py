@@ -1,4 +1,4 @@
-"""Weights, on their way from shard to graph: the edge of a fused tensor, one head, one column, a few rows, a merged adapter."""
+"""Weights, on their way from shard to graph: a fused tensor's edge, one head, one column, a few rows, an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From call to call: chunks and single tokens against one call, the same request again after another, and what a call may not touch.
+"""From call to call: chunks and single tokens against one call, the same request after another, what a call may not touch.
 
 Logits of an image prompt are compared in float32 as the graph computes them: other chunks sum in another order, which
 costs up to 1e-4 of the largest logit; the same call again costs nothing but what threads reorder.

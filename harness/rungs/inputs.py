@@ -108,5 +108,5 @@ def _patches(case: str, seam: str, frozen: np.ndarray, made: np.ndarray) -> Verd
     value = max(float(difference.max()), 2 * bias) if np.isfinite(difference).all() else float("inf")
     at = [int(part) for part in np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), frozen.shape)]
     return Verdict(NAME, case, seam, Outcome.PASS if value <= LEVEL else Outcome.FAIL,
-                   f"largest difference {np.nan_to_num(difference, nan=np.inf).max():.3g} at {at}, {bias:.3g} on average; one "
-                   f"pixel level is {LEVEL:.3g}", "max_abs", value, LEVEL)
+                   f"largest difference {np.nan_to_num(difference, nan=np.inf).max():.3g} at {at}, {bias:.3g} on average; "
+                   f"one pixel level is {LEVEL:.3g}", "max_abs", value, LEVEL)
