@@ -130,6 +130,7 @@ def faults(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--class", dest="kinds", action="append", choices=KINDS, metavar="CLASS",
         help=f"only this class (may be repeated): {', '.join(KINDS)}")
+    add("--only", action="append", metavar="PATTERN", help="only faults whose name matches (may be repeated)")
     add("--fast", action="store_true", help="a few faults of each class on three cases, without a bundle")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--benign", action="store_true", help="healthy variations instead: none may be flagged")

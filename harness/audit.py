@@ -163,7 +163,7 @@ def _check_order(findings: dict[str, Finding]) -> None:
     families: dict[str, dict[int, dict[str, Finding]]] = defaultdict(lambda: defaultdict(dict))
     for finding in findings.values():
         match = re.fullmatch(r"(.*\.(?:layers|blocks))\.(\d+)\.(.*)", finding.name)
-        if match and finding.at is not None:
+        if match and finding.at is not None and not finding.wrong:  # where content is wrong, its place is a guess
             families[match[1]][int(match[2])][match[3]] = finding
     for layers in families.values():
         for role in sorted({role for found in layers.values() for role in found}):

@@ -18,6 +18,9 @@ MERGER_OPS = ("norm", "act")
 CALLS = ("calls.chunked", "calls.repeated", "calls.slots")
 CONSTANTS = ("norm.eps", "vision.eps", "attention.scale", "vision.scale", "gelu.flavour", "mask.fill", "rope.frequencies",
              "vision.rope")
+SIZES = ("off-grid", "halves", "long", "small", "large")
+"""Images of sizes that no case has, see `harness.probes.images`."""
+TOKENIZER = ("vocabulary", "merges", "template")
 EXTRA = "tensors nobody accounts for"
 SHARP, ALL = "~sharp", "all-cases"
 HEAD = "lm_head.weight"
@@ -42,12 +45,17 @@ def probed(depths: Depths) -> tuple[str, ...]:
     found = []
     for seam in (*vision_seams(depths, inside=True), *decoder_seams(depths, inside=True)):
         family = next((names for prefix, names in ops.items() if seam.startswith(prefix)), ())
-        if seam == "decoder.norm" or seam.endswith(tuple(f".{op}" for op in family)):
+        if seam in ("vision.embed", "decoder.norm") or seam.endswith(tuple(f".{op}" for op in family)):
             found.append(seam)
         if seam.startswith("decoder.") and seam.endswith(".attn.context"):
             layer = seam.split(".")[2]
             found += [f"kv.keys.{layer}", f"kv.values.{layer}"]
     return (*found, *CALLS)
+
+
+def resized() -> tuple[str, ...]:
+    """Grid and patches of each of `SIZES`."""
+    return tuple(f"{name}.{part}" for name in SIZES for part in ("grid", "patches"))
 
 
 def cache_seams(layers: int) -> tuple[str, ...]:
@@ -83,10 +91,12 @@ def planned(geometry: Geometry, cases: Mapping[str, Kind], mode: str, exported: 
     taps = [f"deepstack.{tap}" for tap in range(len(geometry.deepstack_taps))]
     head = [HEAD] if mode == "int8hu" and HEAD not in held else []
     found: dict[tuple[str, str], list[str]] = {
-        ("contract", "probes"): [*probed(geometry)], ("inputs", "tokenizer"): ["vocabulary", "merges"],
+        ("contract", "probes"): [*probed(geometry)], ("inputs", "tokenizer"): [*TOKENIZER],
         ("weights", "graph"): [*held, EXTRA], ("weights", "bundle"): [*held, *head, EXTRA],
         ("weights", "constants"): [*CONSTANTS], ("quantized", "mode"): ["mode"],
         ("headroom", ALL): [*vision_seams(geometry, inside=True), *decoder_seams(geometry, inside=True)]}
+    if any(kind.image for kind in cases.values()):
+        found["inputs", "sizes"] = [*resized()]
     for name, kind in cases.items():
         found["contract", name] = ["host.positions", "graph.positions", *(taps if kind.image else [])]
         found["inputs", name] = ["ids", *(["grid", "patches"] if kind.image else [])]

@@ -93,7 +93,7 @@ class Subject:
     def oracle(self) -> Oracle:
         """The oracle given, or one recorded (or resumed) now."""
         if self.options.oracle is not None:
-            return Oracle.open(self.options.oracle, checkpoint_digest=self.checkpoint.digest)
+            return Oracle.open(self.options.oracle, self.checkpoint.digest, self.geometry.record())
         from harness.oracle import record
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
@@ -114,10 +114,9 @@ class Subject:
         if changed:
             raise HarnessError(changed, where=case, fix="record the oracle again")
         found = self.oracle.case(case)
-        narrow = found.rounded()
-        if narrow:
-            raise HarnessError(f"every recorded value fits {narrow}, so it was not recorded in float32", where=case,
-                               fix="record the oracle again")
+        flaw = found.flaw()
+        if flaw:
+            raise HarnessError(flaw, where=case, fix="record the oracle again")
         return found
 
     def sequence(self, case: str) -> np.ndarray:
@@ -145,10 +144,12 @@ class Subject:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        """Image numbers of the checkpoint's preprocessor_config.json."""
+        """Image numbers of preprocessor_config.json: the bundle's own where it carries one, else the checkpoint's."""
         from harness.host import Preprocessing
 
-        return Preprocessing.from_config(read_json(self.checkpoint.root / "preprocessor_config.json"))
+        name = "preprocessor_config.json"
+        root = self.tokenizer if (self.tokenizer / name).is_file() else self.checkpoint.root
+        return Preprocessing.from_config(read_json(root / name))
 
     @property
     def tokenizer(self) -> Path:
@@ -182,6 +183,12 @@ class Subject:
         from harness.host import host_inputs_for
 
         return host_inputs_for(self.cases[case], self.tokenizer, self.preprocessing)
+
+    def made_patches(self, image: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """What it makes of an RGB image: patches and grid."""
+        from harness.host import make_patches
+
+        return make_patches(image, self.preprocessing)
 
     @property
     def host(self) -> Callable[..., HostInputs]:

@@ -53,7 +53,7 @@ def localize(subject: Subject, verdicts: Sequence[Verdict]) -> list[dict[str, An
             continue
         seen.add(culprit.rung)
         op, found = zoom(subject, culprit)
-        place = op.seam if op else culprit.seam
+        place = op.seam if op else culprit.figures.get("place", culprit.seam)
         shown = op or culprit
         cause, tokens = (explain(found), extent(found)) if found else (None, "")
         rows.append({"rung": culprit.rung, "case": culprit.case, "seam": culprit.seam, "block": block_of(culprit.seam),

@@ -1,19 +1,26 @@
 """Faults: what has really broken conversions of this family, each a small mutation of the thing under test.
 
-A fault never touches the judge. Its file is its class; its docstring says what goes wrong; its record says which rung and
+A fault never touches the judge. Its module belongs to a class; its docstring says what goes wrong; its record says which rung and
 seam a perfect harness names. `harness faults` switches them on one at a time and counts what is caught and what is named.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("weights", "positions", "attention", "norms", "vision", "deepstack", "quantization", "overflow", "runtime",
-         "preprocess", "lowering", "evidence")
-"""Classes of faults, each a module of this package."""
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "weights": ("weights", "loading"), "positions": ("positions", "angles"), "attention": ("attention", "keys"),
+    "norms": ("norms", "activations"), "vision": ("vision", "patches"), "deepstack": ("deepstack", "fusion"),
+    "quantization": ("quantization", "codes"), "overflow": ("overflow", "widths"), "runtime": ("runtime", "requests"),
+    "preprocess": ("preprocess", "hosts"), "lowering": ("lowering", "shipping", "rebuilt"),
+    "evidence": ("evidence", "forgery")}
+"""Modules of this package that hold the faults of each class."""
+KINDS = tuple(MODULES)
+"""Classes of faults."""
+_KIND = {module: kind for kind, modules in MODULES.items() for module in modules}
 TARGETS = ("graph", "host", "bundle", "engine", "asset", "model", "evidence")
 """What a fault can mutate; `harness.faults.suspect` says what each is and which rungs look at it."""
 
@@ -44,9 +51,9 @@ _FAULTS: dict[str, Fault] = {}
 
 def fault(target: str, rung: str, seam: str, op: str | None = None, *, source: str = "derived",
           equivalent: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Enter a function as a fault: its name is the id, its docstring's first line the title, its module the class."""
+    """Enter a function as a fault: its name is the id, its docstring's first line the title; its module has the class."""
     def enter(apply: Callable[[Any], None]) -> Callable[[Any], None]:
-        kind, name = apply.__module__.rsplit(".", 1)[-1], apply.__name__
+        kind, name = _KIND[apply.__module__.rsplit(".", 1)[-1]], apply.__name__
         if target not in TARGETS or name in _FAULTS:
             raise ValueError(f"fault {name}: unknown target {target!r}, or a name used twice")
         title = (apply.__doc__ or "").strip().splitlines()[0]
@@ -58,5 +65,6 @@ def fault(target: str, rung: str, seam: str, op: str | None = None, *, source: s
 def faults(kind: str | None = None) -> Iterator[Fault]:
     """All faults, or those of one class, classes in order."""
     for name in KINDS if kind is None else (kind,):
-        importlib.import_module(f"harness.faults.{name}")
+        for module in MODULES[name]:
+            importlib.import_module(f"harness.faults.{module}")
         yield from [one for one in _FAULTS.values() if one.kind == name]

@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from harness.faults import Fault, faults
+from harness.faults import Fault, faults, healthy
 from harness.faults.scoreboard import bench_for
 from harness.faults.trial import LOOKS, Bench, climb
 from harness.options import Options
@@ -55,6 +55,8 @@ def variations() -> Iterator[Variation]:
             yield Variation(" and ".join(pair), "graph", lambda graph, pair=pair: [VARIATIONS[one](graph) for one in pair])
     for chunk in CHUNKS:
         yield Variation(f"calls of {chunk} tokens", "engine", lambda loop, chunk=chunk: setattr(loop, "chunk", chunk))
+    for row in healthy.rows():
+        yield Variation(*row)
     for fault in faults():
         if fault.equivalent:
             rungs = () if fault.rung == "none" else tuple(fault.rung.split("|"))

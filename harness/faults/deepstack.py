@@ -51,7 +51,7 @@ def last_row_zero(graph: Reference) -> None:
         number, slot, *rest) * (slot < graph.slots - 1)[:, None])
 
 
-@fault("graph", "contract", "calls.chunked", source="D04")
+@fault("graph", "contract", "calls.chunked|decoder.layers.00.deepstack", source="D04")
 def rows_restart_with_each_chunk(graph: Reference) -> None:
     """in a later chunk the rows start again at the first"""
     wrap(bend_decoder(graph), "extra", lambda plain, number, slot, is_image, deepstack, place: plain(
@@ -59,7 +59,7 @@ def rows_restart_with_each_chunk(graph: Reference) -> None:
         is_image, deepstack, place))
 
 
-@fault("graph", "contract", "calls.chunked", source="D13")
+@fault("graph", "contract", "calls.chunked|decoder.layers.00.deepstack", source="D13")
 def slices_slip_in_later_chunks(graph: Reference) -> None:
     """an image that spans two calls reads the next tap's rows in the second"""
     wrap(bend_decoder(graph), "extra", lambda plain, number, slot, is_image, deepstack, place: plain(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,22 @@ import numpy as np
 from harness.bundle import PROGRAM, PROGRAM_HASH
 from harness.engines.mlirb import read_resources
 from harness.errors import HarnessError
+from harness.subject import Subject
+
+
+def index_path(bundle: Path) -> Path:
+    """The seam index beside a decoder's bundle."""
+    return bundle.with_name(f"{bundle.name}.seams.json")
 
 
 class Files:
     """decoder and vision are bundle directories of ours to change; `healthy` are the programs read from them before."""
 
-    def __init__(self, decoder: Path, vision: Path, folder: Path, healthy: tuple[Any, Any]) -> None:
+    def __init__(self, decoder: Path, vision: Path, folder: Path, healthy: tuple[Any, Any], subject: Subject) -> None:
         self.decoder, self.vision = (Path(shutil.copytree(path, folder / path.name)) for path in (decoder, vision))
-        self.healthy = dict(zip((self.decoder, self.vision), healthy))
+        self.healthy, self.subject, self.folder = dict(zip((self.decoder, self.vision), healthy)), subject, folder
+        if index_path(decoder).exists():
+            shutil.copy(index_path(decoder), folder)
 
     def asset(self, bundle: Path) -> Path:
         """The `.aimodel` directory."""
@@ -34,7 +43,27 @@ class Files:
         change(data)
         program.write_bytes(data)
         if seal:
-            (self.asset(bundle) / PROGRAM_HASH).write_bytes(hashlib.sha256(data).digest())
+            old, new = self.asset(bundle) / PROGRAM_HASH, hashlib.sha256(data).digest()
+            index, before = index_path(self.decoder), old.read_bytes()
+            old.write_bytes(new)
+            if index.exists():  # operations keep their numbers: only bytes of constants change
+                index.write_text(index.read_text(encoding="utf-8").replace(before.hex(), new.hex()), encoding="utf-8")
+
+    def rebuild(self, bend: Callable[[Any], None]) -> None:
+        """Export both bundles again, as ours are, from towers that `bend` has changed; it is given vision, decoder,
+        geometry, grid."""
+        from harness.export.bundles import Exporter
+
+        class Bent(Exporter):
+            def _towers(self) -> tuple[Any, Any]:
+                vision, decoder = super()._towers()
+                bend(SimpleNamespace(vision=vision, decoder=decoder, geometry=self.geometry, grid=self.grid))
+                return vision, decoder
+
+        options, subject = self.subject.options, self.subject
+        made = Bent(subject.checkpoint, self.folder / "rebuilt", subject.mode, options.grid, options.context, "fp16", None,
+                    False, lambda step: None).run(dynamic=False, vision=True)
+        self.decoder, self.vision = made.decoder, made.vision
 
     def swap(self, bundle: Path, old: bytes, new: bytes) -> None:
         """Replace every occurrence of some bytes. Raises HarnessError where there is none."""
@@ -50,6 +79,12 @@ class Files:
         """Change the `number`-th table of a shape, in order of use: its codes, or its `scale`."""
         tables = [table for table in self.healthy[bundle].weights if table.shape == shape]
         constant = getattr(tables[number], part)
+        if constant.resource is None:  # small ones stand in the program itself
+            held = np.array(constant.array)
+            old = held.tobytes()
+            change(held)
+            self.swap(bundle, old, held.tobytes())
+            return
         blob = read_resources(self.asset(bundle) / PROGRAM)[constant.resource]
 
         def edit(data: bytearray) -> None:

@@ -75,20 +75,20 @@ def examine(evidence: Evidence) -> tuple[str, str] | None:
     record, claimed = (json.loads((evidence.folder / name).read_text(encoding="utf-8"))
                        for name in ("run.json", "certificate.json"))
     subject = evidence.subject
-    for sentence in verify(record, claimed, evidence.bundle_digest, subject.policy):
+    for sentence in verify(record, claimed, evidence.bundle_digest, subject.policy, subject.bounds):
         return _place(sentence), sentence
     if claimed["outcome"] != "PASS":
         return "record", claimed["reason"]
     try:
-        oracle = Oracle.open(evidence.oracle, subject.checkpoint.digest)
+        oracle = Oracle.open(evidence.oracle, subject.checkpoint.digest, subject.geometry.record())
         changed = oracle.stale(subject.cases[evidence.case])
         if changed:
             return "oracle", changed
         found = oracle.case(evidence.case)
         _ = found.inputs, found.rollout, found.trace
-        narrow = found.rounded()
-        if narrow:
-            return "oracle", f"every recorded value fits {narrow}"
+        flaw = found.flaw()
+        if flaw:
+            return "oracle", flaw
     except HarnessError as error:
         return "oracle", str(error)
     return None

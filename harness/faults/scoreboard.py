@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ Progress = Callable[[int, int], None]
 _bench: Bench | None = None
 
 
-def chosen(kinds: Sequence[str] | None = None, fast: bool = False) -> list[Fault]:
-    """The faults of some classes, all by default; of the fast subset only what needs no exported bundle."""
-    found = [fault for kind in kinds or KINDS for fault in faults(kind)]
+def chosen(kinds: Sequence[str] | None = None, fast: bool = False, only: Sequence[str] | None = None) -> list[Fault]:
+    """Faults of some classes and names, all by default; of the fast subset only what needs no exported bundle."""
+    found = [fault for kind in kinds or KINDS for fault in faults(kind)
+             if not only or any(fnmatchcase(fault.id, pattern) for pattern in only)]
     if not fast:
         return found
     quick = [fault for fault in found if fault.target != "asset" and not fault.equivalent]
@@ -70,7 +72,7 @@ def run(options: Options, tried: Sequence[Fault], *, fast: bool = False, jobs: i
 
 def make(options: Options, arguments: Any, progress: Progress) -> dict[str, Any]:
     """The record of what the command line asks for: `kinds`, `fast`, `jobs`, `command`."""
-    tried = chosen(arguments.kinds, arguments.fast)
+    tried = chosen(arguments.kinds, arguments.fast, arguments.only)
     results, controls = run(options, tried, fast=arguments.fast, jobs=arguments.jobs, progress=progress)
     checkpoint = Subject(options).checkpoint
     return record(results, controls, arguments.command, {"name": checkpoint.name, "digest": checkpoint.digest})

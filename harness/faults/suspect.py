@@ -96,6 +96,11 @@ class Suspect(Subject):
         """By the host under test."""
         return (self.host_under_test or Host(self)).make(case)
 
+    def made_patches(self, image: Any) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """By the host under test."""
+        host = self.host_under_test or Host(self)
+        return host.patches(image, host.preprocessing)
+
     @property
     def host(self) -> Callable[..., Any]:
         """The contract of the host under test."""

@@ -30,7 +30,7 @@ LOOKS: dict[str, tuple[tuple[str, tuple[str, ...] | None], ...]] = {
     "host": (("contract", None), ("inputs", None)),
     "bundle": (("weights", ("bundle", "constants")), ("engine", None), ("tokens", None)),
     "engine": (("engine", None), ("tokens", None)),
-    "asset": (("inputs", None), ("weights", ("bundle", "constants"))),
+    "asset": (("inputs", None), ("weights", ("bundle", "constants")), ("engine", None)),
     "model": (("headroom", None),)}
 """Rungs, and their cases where not all, that see a target; `harness.faults.suspect` says what each target is."""
 
@@ -131,7 +131,7 @@ class Bench:
         """A copy of the bundles, to be changed."""
         from harness.faults.files import Files
 
-        return Files(*self.bundles, folder, self.programs)
+        return Files(*self.bundles, folder, self.programs, self.subject)
 
     def try_out(self, fault: Fault) -> Result:
         """Switch one fault on and look."""
@@ -155,7 +155,8 @@ class Bench:
             files = self.files(folder)
             fault.apply(files)
             subject: Subject = Subject(replace(self.subject.options, bundle=files.decoder, vision_bundle=files.vision))
-            subject.__dict__.update(oracle=self.subject.oracle, bounds=self.subject.bounds)
+            subject.__dict__.update(oracle=self.subject.oracle, bounds=self.subject.bounds, cases=self.subject.cases,
+                                    engine_cases=lambda: [self.subject.engine_cases()[0]])
             refused = _refused(subject)
             if refused:
                 _settle(fault, result, "check", "*", None, "ERROR", refused)

@@ -57,7 +57,12 @@ def rope_index(checkpoint: Checkpoint, ids: np.ndarray, grid: tuple[int, int, in
 def _pixels(case: Case, checkpoint: Checkpoint) -> tuple[np.ndarray | None, tuple[int, int, int] | None]:
     if not case.images:
         return None, None
-    image, processor = load_image(case.images[0], case.root), image_processor(checkpoint)
+    return pixels(load_image(case.images[0], case.root), checkpoint)
+
+
+def pixels(image: Any, checkpoint: Checkpoint) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches [P, F] float32 and grid of an RGB image, by HF's processor."""
+    processor = image_processor(checkpoint)
     # transformers 4.57 reads `size` from the config and then forgets it, so it is handed in.
     held = processor(images=[image], size=_size(checkpoint), return_tensors="np")
     grid = tuple(int(part) for part in held["image_grid_thw"][0])

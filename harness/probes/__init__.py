@@ -25,6 +25,8 @@ class Reading:
     error: float | None
     words: str
     lacking: str = ""
+    place: str = ""
+    """The seam that an error of behaviour shows at first, where it can be told."""
 
 
 def probe(conversion: Conversion, checkpoint: Checkpoint, grid: tuple[int, int]) -> Iterator[Reading]:

@@ -2,9 +2,10 @@
 
 What goes in: rows of six kinds at the norms (an eps or a narrow mean shows on tiny, zero and huge rows), unit vectors
 at the rotations (cos and sin of every lane can be read off), random q, k and v at the attention (scale, mask, grouping),
-a grid of values at the activation. Rotations are also read at positions near 1e3, 1e4 and 1e5, attention also behind
-128, 256 and 4096 cached keys, as far as the model's own context reaches. A constant offset of all positions is no
-fault: rotations are compared with the first token's.
+a grid of values at the activation. The same again in calls of one token, each with a row of another kind: a decode
+function may be another than prefill's. Rotations are also read at positions near 1e3, 1e4 and 1e5, attention also
+behind 128, 256 and 4096 cached keys, as far as the model's own context reaches. A constant offset of all positions is
+no fault: rotations are compared with the first token's, which stands at 0 however far the others are.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from harness.probes.bench import ULP, Feed, cache_for, decode, image_rows, lacks
 
 TEXT = "model.language_model"
 FAR = (1_000, 10_000, 100_000)
-BEHIND = ((129, 5), (130, 1), (257, 5), (4100, 5))
+NEAR = 4
+"""Tokens at 0, 1, 2 .. of a call whose others stand far out: a ring or a table that ends too soon moves both alike."""
+BEHIND = ((129, 5), (130, 1), (257, 5), (258, 1), (4100, 5), (4100, 1))
 """Calls of the length ladder: tokens in all, tokens in the call."""
+KINDS, BEFORE = 6, 40
+"""Kinds of rows of `bench.rows`, each in a call of one token behind so many."""
 SPARE = 2
 """Slots behind the last token, which no call may touch."""
 ROW = 1e-5
@@ -52,7 +57,7 @@ def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> 
         yield missing[seam] or _operation(bench, checkpoint, *place)
     for seam, place in caches.items():
         yield missing[seam] or _written(bench, seam, *place)
-    yield missing["decoder.norm"] or _final(bench.main, checkpoint, last)
+    yield missing["decoder.norm"] or _worst(_final(run, checkpoint, last) for run in (bench.main, *bench.single))
 
 
 def _needed(geometry: Geometry, layer: int, op: str) -> list[str]:
@@ -66,7 +71,8 @@ def _before(layer: int, geometry: Geometry) -> str:
 
 
 class _Bench:
-    """The calls that all readings share: an image prompt in one call, a few tokens far out, a few behind a long cache."""
+    """The calls that all readings share: an image prompt in one call, a few tokens far out, a few behind a long cache,
+    and single ones."""
 
     def __init__(self, conversion: Any, geometry: Geometry, grid: tuple[int, int]) -> None:
         ids = np.concatenate([np.arange(3), geometry.vocab + np.arange(conversion.slots), np.arange(13)])
@@ -75,8 +81,11 @@ class _Bench:
         self.planes = positions(ids, geometry.vocab, *shift, grid[1] // geometry.merge)
         self.main = _run(conversion, geometry, ids, len(ids), shift, cache_for(geometry, len(ids) + SPARE, 5), seed=1)
         self.places = sorted({min(place, most - 8) for place in FAR})
-        self.far = [_run(conversion, geometry, np.arange(8), 8, (0, -place), cache_for(geometry, 8 + SPARE), seed=2)
+        self.far = [_run(conversion, geometry, np.arange(8), 8, (NEAR, -place), cache_for(geometry, 8 + SPARE), seed=2)
                     for place in self.places]
+        total = BEFORE + 1
+        self.single = [_run(conversion, geometry, np.arange(1), total, (NO_SHIFT, 0),
+                            cache_for(geometry, total + SPARE, total), seed=4, kind=kind) for kind in range(KINDS)]
         self.behind = [_run(conversion, geometry, np.arange(count), total, (NO_SHIFT, 0),
                             cache_for(geometry, total + SPARE, total), seed=3)
                        for total, count in sorted({(min(total, most), count) for total, count in BEHIND})]
@@ -84,16 +93,18 @@ class _Bench:
 
 def _operation(bench: _Bench, checkpoint: Checkpoint, layer: int, op: str) -> Reading:
     geometry, name = checkpoint.geometry, f"decoder.layers.{layer:02d}"
+    runs = bench.main, *bench.single
     if op in ("input_norm", "post_norm"):
-        return _norm(bench.main, checkpoint, layer, op, _before(layer, geometry))
+        return _worst(_norm(run, checkpoint, layer, op, _before(layer, geometry)) for run in runs)
     if op in ("attn.q_norm", "attn.k_norm"):
-        return _head_norm(bench.main, checkpoint, layer, op)
+        return _worst(_head_norm(run, checkpoint, layer, op) for run in runs)
     if op in ("attn.q_rope", "attn.k_rope"):
-        far = [(run, np.tile(np.arange(8) + place, (3, 1))) for run, place in zip(bench.far, bench.places)]
+        far = [(run, np.tile(np.arange(8) + place * (np.arange(8) >= NEAR), (3, 1)))
+               for run, place in zip(bench.far, bench.places)]
         return _worst(_rope(run, geometry, name, op, planes) for run, planes in [(bench.main, bench.planes), *far])
     if op == "attn.context":
         return _worst(_attention(run, geometry, layer) for run in (bench.main, *bench.behind))
-    return _activation(bench.main, name)
+    return _worst(_activation(run, name) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,10 @@ class _Run:
 
 
 def _run(conversion: Any, geometry: Geometry, ids: np.ndarray, total: int, shift: tuple[int, int],
-         cache: tuple[Any, Any], seed: int) -> _Run:
-    feed = Feed(_values(geometry, len(ids), seed))
+         cache: tuple[Any, Any], seed: int, kind: int | None = None) -> _Run:
+    """One call; with `kind`, of a single token whose rows are the kind-th of `KINDS`."""
+    values = _values(geometry, len(ids) if kind is None else KINDS, seed)
+    feed = Feed(values if kind is None else {name: value[kind:kind + 1] for name, value in values.items()})
     before = tuple(part.numpy().copy() for part in cache)
     decode(conversion, ids, total, image_rows(conversion, geometry, seed), shift, cache, feed)
     return _Run(feed.values, feed.seen, len(ids), total, before, tuple(part.numpy() for part in cache))

@@ -61,3 +61,15 @@ def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     first, second = np.split(x.astype(np.float64), 2, axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def resampled(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A square table [side^2, C] resampled bilinearly, corners on corners -> [rows, columns, C]."""
+    side = round(len(table) ** 0.5)
+    image = table.reshape(side, side, -1)
+    for axis, count in enumerate((rows, columns)):
+        place = np.arange(count) * (side - 1) / max(count - 1, 1)
+        low = np.minimum(place.astype(int), side - 2)
+        part = (place - low).reshape([-1 if one == axis else 1 for one in range(3)])
+        image = (1 - part) * image.take(low, axis) + part * image.take(low + 1, axis)
+    return image

@@ -1,4 +1,4 @@
-"""Vision: every norm, rotation, attention and GELU of the tower, each fed its own values, all in one pass.
+"""Vision: patch embedding, norms, rotations, attention and GELU of the tower, each fed its own values, all in one pass.
 
 Rotations stand right behind the fused projection, so q and k are computed from the checkpoint's weights and compared by
 their scores: a constant offset of all coordinates is no fault.
@@ -31,7 +31,8 @@ Arrays = dict[str, np.ndarray]
 def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> Iterator[Reading]:
     """Readings of every operation of every block and merger."""
     geometry = checkpoint.geometry
-    wanted: dict[str, tuple[list[str], Callable[[Feed], Reading]]] = {}
+    wanted: dict[str, tuple[list[str], Callable[[Feed], Reading]]] = {
+        "vision.embed": ([], partial(_embed, checkpoint, grid))}
     for layer in range(geometry.vision_layers):
         name = f"vision.layers.{layer:02d}"
         before = "vision.embed" if layer == 0 else f"vision.layers.{layer - 1:02d}"
@@ -51,10 +52,26 @@ def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> 
 
 def _encoded(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> Feed:
     feed = Feed(_values(checkpoint, grid))
-    patches = np.random.default_rng(0).standard_normal((grid[0] * grid[1], checkpoint.geometry.patch_features))
     with torch.no_grad():
-        conversion.encode(torch.from_numpy(patches.astype(np.float32)), feed)
+        conversion.encode(torch.from_numpy(_patches(checkpoint, grid)), feed)
     return feed
+
+
+def _patches(checkpoint: Checkpoint, grid: tuple[int, int]) -> np.ndarray:
+    """Random patches of a still image, every second one empty: what comes of those is the bias and the position alone."""
+    geometry, count = checkpoint.geometry, grid[0] * grid[1]
+    made = np.random.default_rng(0).standard_normal((count, geometry.channels, 1, geometry.patch**2))
+    made[::2] = 0
+    return made.repeat(geometry.temporal_patch, axis=2).reshape(count, -1).astype(np.float32)
+
+
+def _embed(checkpoint: Checkpoint, grid: tuple[int, int], feed: Feed) -> Reading:
+    weight = _tensor(checkpoint, "patch_embed.proj.weight").reshape(checkpoint.geometry.vision_hidden, -1)
+    place = block_major(*grid, checkpoint.geometry.merge).numpy()
+    learned = formulas.resampled(_tensor(checkpoint, "pos_embed.weight"), *grid)[place[:, 0], place[:, 1]]
+    expected = _patches(checkpoint, grid) @ weight.T + _tensor(checkpoint, "patch_embed.proj.bias") + learned
+    return reading("vision.embed", feed.seen["vision.embed"], expected, of_row(expected, ROW),
+                   "patches, every second one empty, and positions")
 
 
 def _values(checkpoint: Checkpoint, grid: tuple[int, int]) -> Arrays:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint import Geometry
+from harness.graph.contract import rope_axis
 from harness.plan import CONSTANTS as SEAMS
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
@@ -59,7 +60,11 @@ def _scale(seam: str, attributes: Sequence[Mapping[str, Any]], right: float, lay
     """Factors below 1 that occur once a layer; others belong to something else."""
     counts = Counter(value for value in _named(attributes, "scale") if isinstance(value, float) and 0 < value < 1)
     found = [value for value, count in counts.items() if count == layers]
-    good = any(_held(value, right) for value in counts)
+    held = sum(count for value, count in counts.items() if _held(value, right))
+    if 0 < held < layers:  # some layers have it, so the others have another
+        return _answer(seam, [value for value in counts if not _held(value, right)] or ["none"] * (layers - held), right,
+                       layers, "attention scale")
+    good = held > 0
     return _answer(seam, [] if good else found, right, layers if good or found else 0, "attention scale")
 
 
@@ -85,8 +90,21 @@ def _rotations(subject: Subject, decoder: Any, vision: Any) -> list[Verdict]:
     frequencies = [inverse_frequencies(geometry.rope_theta, geometry.head_dim // 2).numpy()]
     tables = [table.numpy() for table in rotary_tables(*subject.options.grid, geometry.merge, size)]
     halves = [np.split(table, 2, axis=-1)[0] for table in tables]
-    return [_tables("rope.frequencies", decoder.weights, [frequencies]),
+    return [_lanes(_tables("rope.frequencies", decoder.weights, [frequencies]), decoder, geometry),
             _tables("vision.rope", vision.weights, [tables, halves])]
+
+
+def _lanes(verdict: Verdict, decoder: Any, geometry: Geometry) -> Verdict:
+    """The same, or a FAIL where a table of truth values, one a lane, picks other lanes for a plane than the contract's."""
+    axis = rope_axis(geometry.mrope_section, geometry.head_dim // 2)
+    right = [axis == plane for plane in range(3)] + [axis != plane for plane in range(3)]
+    found = [one.array.ravel() for one in getattr(decoder, "constants", ())
+             if one.dtype == "i1" and np.prod(one.shape) == len(axis)]
+    wrong = [np.flatnonzero(one).tolist() for one in found if not any(np.array_equal(one, held) for held in right)]
+    if not wrong or verdict.outcome is Outcome.FAIL:
+        return verdict
+    lanes = [np.flatnonzero(held).tolist() for held in right[1:3]]
+    return _answer("rope.frequencies", wrong, lanes, len(found), "lanes of a plane")
 
 
 def _tables(seam: str, weights: Sequence[Any], forms: Sequence[Sequence[np.ndarray]]) -> Verdict:

@@ -71,7 +71,8 @@ def _probes(subject: Subject) -> list[Verdict]:
             verdicts.append(Verdict(NAME, PROBES, one.seam, Outcome.SKIP, one.lacking))
             continue
         verdicts.append(Verdict(NAME, PROBES, one.seam, Outcome.PASS if one.error <= 1 else Outcome.FAIL, one.words,
-                                "roundings", one.error, 1.0))
+                                "roundings", one.error, 1.0,
+                                figures={"place": one.place} if one.place else {}))
     return verdicts
 
 

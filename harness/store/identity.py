@@ -16,6 +16,9 @@ from harness.errors import HarnessError, within
 SCHEMA = 1
 EXACT = ("ieee", "none")
 """What torch calls products of float32 that are float32."""
+DEVICES, KERNELS = ("cpu", "cuda"), ("sdpa", "eager")
+"""Where and how an oracle may be recorded: other devices and attention kernels are known to differ, or to mask by
+themselves."""
 AGAIN = "remove the case's directory and run `harness record`; the other cases are kept"
 
 
@@ -57,6 +60,13 @@ class Identity:
             return f"dtype {self.dtype}"
         narrow = sorted(f"{name} in {kind}" for name, kind in self.precision.items() if kind not in EXACT)
         return narrow[0] if narrow else ""
+
+    @property
+    def doubtful(self) -> str:
+        """What of this identity nobody vouches for, "" where all is known."""
+        if self.device.split(":")[0] not in DEVICES:
+            return f"on device {self.device!r}"
+        return "" if self.attention in KERNELS else f"with attention {self.attention!r}"
 
     def differs(self, other: Identity) -> str | None:
         """The first field in which the other differs, in words, or None."""

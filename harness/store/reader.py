@@ -18,6 +18,8 @@ from harness.trace import Trace
 
 NARROW = {"bfloat16": 0xFFFF, "float16 or TF32": 0x1FFF}
 """Bits of a float32 that a narrower type lacks."""
+CHOSEN = 0.01
+"""How far below the largest logit a chosen token's may lie: a step is recorded from the cache, its logits in one pass."""
 LEAST = 256
 """Values that must be there before their digits say anything."""
 INPUTS, ROLLOUT = "inputs", "rollout"
@@ -31,10 +33,11 @@ class Oracle:
         self.path, self.identity, self._digests = path, identity, dict(digests)
 
     @classmethod
-    def open(cls, path: Path, checkpoint_digest: str | None = None) -> Oracle:
-        """Open for reading; with `checkpoint_digest`, refuse an oracle recorded from another checkpoint.
+    def open(cls, path: Path, checkpoint_digest: str | None = None, geometry: Mapping[str, Any] | None = None) -> Oracle:
+        """Open for reading; with `checkpoint_digest` and `geometry` (`Geometry.record()`), refuse one of another checkpoint.
 
-        Raises HarnessError where it is no oracle, of another schema or checkpoint, not of float32, or holds no whole case.
+        Raises HarnessError where it is no oracle, of another schema, checkpoint or geometry, not of float32, recorded
+        where nobody vouches for the numbers, or holds no whole case.
         """
         path = Path(path)
         if not (path / "manifest.json").is_file():
@@ -45,6 +48,13 @@ class Oracle:
                                f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint "
                                f"given has {checkpoint_digest[:12]}", where=path,
                                fix="record it again for this checkpoint")
+        if geometry is not None and identity.geometry != geometry:
+            changed = next((name for name in geometry if identity.geometry.get(name) != geometry[name]), "its keys")
+            raise HarnessError(f"was recorded with {changed} {identity.geometry.get(changed)!r}, the checkpoint given says "
+                               f"{geometry.get(changed)!r}", where=path, fix="record it again for this checkpoint")
+        if identity.doubtful:
+            raise HarnessError(f"was recorded {identity.doubtful}, which is no reference", where=path,
+                               fix="record it again with this tool")
         if identity.lossy:
             raise HarnessError(f"was not recorded in true float32: {identity.lossy}", where=path,
                                fix="record it again with this tool")
@@ -154,6 +164,21 @@ class OracleCase:
             return None
         bits = held.view(np.uint32)
         return next((name for name, tail in NARROW.items() if not (bits & tail).any()), None)
+
+    def flaw(self) -> str | None:
+        """Why this case is no reference, in one sentence, or None: rounded values, values that are not finite, tokens
+        that its own logits do not choose."""
+        narrow = self.rounded()
+        if narrow:
+            return f"every recorded value fits {narrow}, so it was not recorded in float32"
+        held = self.load(("decoder.norm", "logits"))
+        for name, array in held.items():
+            if not np.isfinite(array).all():
+                return f"{name} holds values that are not finite"
+        tokens, first = self.rollout.tokens, self.inputs.length - 1
+        rows = held.get("logits", np.empty((0, 0)))[first:first + len(tokens)]
+        lost = [step for step, (row, token) in enumerate(zip(rows, tokens)) if row.max() - row[token] > CHOSEN]
+        return f"its token at step {lost[0]} is not the one that its logits choose" if lost else None
 
     def _trace_parts(self) -> Iterator[str]:
         return (part for part in self._tensors if part not in (INPUTS, ROLLOUT))
