@@ -79,6 +79,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     add("--dynamic", action="store_true", help="also export the dynamic-S twin")
     add("--activations", choices=("fp16", "fp32"), default="fp16", help="fp32 separates structure from rounding")
     add("--overwrite", action="store_true", help="replace bundles that are there")
+    add("--tmp", type=Path, metavar="DIR", help="where temporary files go (default: TMPDIR)")
     add("--json", action="store_true", help="print paths and sizes as JSON")
 
 

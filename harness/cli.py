@@ -136,7 +136,7 @@ def _export(arguments: Arguments) -> int:
     with Screen(quiet=arguments.json) as screen:
         result = export(checkpoint, arguments.out, arguments.mode, grid=arguments.grid, context=arguments.context,
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
-                        progress=screen.say)
+                        tmp=arguments.tmp, progress=screen.say)
     print(json.dumps(result.record()) if arguments.json else result.describe())
     return ExitCode.PASS
 

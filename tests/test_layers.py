@@ -12,7 +12,7 @@ ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cas
          "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
          "gate", "options", "background", "shipped", "benign", "subject", "probes", "rungs", "zoom report calibrate",
          "session", "faults", "terminal doctor arguments", "cli pytest_plugin"]
-HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*"},
+HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*", "export"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
 JUDGES = {"metrics", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",
           "audit"}

@@ -1,9 +1,13 @@
-"""Quantizing a decoder in place with coreai-opt, layer by layer, and refusing what it would silently skip."""
+"""Quantizing with coreai-opt in blocks of rows, and refusing what it would silently skip.
+
+Scales belong to blocks along the input axis, so rows are independent of each other, and blocks of rows give the bits of
+quantizing the whole model at once (tests/test_export_stream.py) in the memory of one block's observers.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from harness.errors import HarnessError
-from harness.graph.decoder import Decoder
-from harness.graph.norms import cast_weights
-from harness.graph.quantize import Recipe, Scheme
-from harness.graph.reference import TEXT, checkpoint_name
+from harness.graph.quantize import Scheme
 
-
-def quantize(decoder: Decoder, recipe: Recipe) -> int:
-    """Quantize an fp16 decoder in place as the recipe says; returns how many Linears now hold codes and scales.
-
-    One layer at a time, which gives the bits of quantizing the whole and bounds the memory of the observers.
-    Raises HarnessError naming the first Linear that coreai-opt skipped, or took though the recipe says fp16.
-    """
-    for group in _groups(decoder):
-        by_scheme: dict[Scheme, list[nn.Linear]] = {}
-        for name, linear in group.items():
-            scheme = recipe.scheme(checkpoint_name(TEXT, f"{name}.weight"))
-            if scheme:
-                by_scheme.setdefault(scheme, []).append(linear)
-        for scheme, linears in by_scheme.items():
-            quantize_linears(linears, scheme)
-    return _check_census(decoder, recipe)
-
-
-def _groups(decoder: Decoder) -> Iterator[Mapping[str, nn.Linear]]:
-    """Linears by parameter name: those of each layer, then the head."""
-    for number, layer in enumerate(decoder.layers):
-        yield {f"layers.{number}.{name}": module for name, module in layer.named_modules()
-               if isinstance(module, nn.Linear)}
-    yield {"lm_head": decoder.lm_head}
+PARTS = "quantized_data", "scale"
+"""The buffers of a Linear that coreai-opt has quantized; besides it holds zero points, all zero."""
 
 
 class _Bag(nn.Module):
@@ -71,33 +50,47 @@ def quantize_linears(linears: list[nn.Linear], scheme: Scheme) -> None:
         logger.setLevel(level)
 
 
-def stored(linear: nn.Linear) -> tuple[Tensor, Tensor] | None:
-    """codes [o, i] int8 and scale [o, i / block] of a quantized Linear; None where it holds a plain weight."""
+def stored(linear: nn.Linear) -> dict[str, Tensor] | None:
+    """codes [o, i] int8 and scale [o, i / block] by PARTS of a quantized Linear; None where it holds a plain weight.
+
+    Raises HarnessError for a zero point that is not zero: every scheme of ours is symmetric.
+    """
     if not parametrize.is_parametrized(linear, "weight"):
         return None
     state = dict(linear.parametrizations.weight[0].named_buffers())
-    return (state["quantized_data"], state["scale"]) if "quantized_data" in state else None
+    if "zero_point" in state and state["zero_point"].any():
+        raise HarnessError("coreai-opt gave it zero points that are not zero", fix="export this checkpoint as fp16")
+    return {part: state[part] for part in PARTS} if PARTS[0] in state else None
 
 
-def _check_census(decoder: Decoder, recipe: Recipe) -> int:
-    linears = {name: linear for group in _groups(decoder) for name, linear in group.items()}
-    count = 0
-    for name, linear in linears.items():
-        tensor = checkpoint_name(TEXT, f"{name}.weight")
-        scheme, held = recipe.scheme(tensor), stored(linear)
-        if scheme and held is None:
-            why = (f"its {linear.in_features} input features are no multiple of {scheme.block}"
-                   if linear.in_features % scheme.block else "for no known reason")
-            raise HarnessError(f"coreai-opt left it in fp16 under {recipe.name!r}: {why}", where=tensor,
-                               fix="export this checkpoint as fp16")
-        if held is not None and not scheme:
-            raise HarnessError(f"coreai-opt quantized it, though {recipe.name!r} keeps it in fp16", where=tensor)
-        count += held is not None
-    return count
+def quantize_rows(blocks: Iterable[Tensor], rows: int, scheme: Scheme) -> dict[str, Tensor]:
+    """coreai-opt's codes and scales of a weight [rows, i] that comes in fp16 blocks of its rows.
+
+    Raises HarnessError where coreai-opt leaves a block as it is.
+    """
+    whole: dict[str, Tensor] = {}
+    start = 0
+    for block in blocks:
+        linear = nn.Linear(block.shape[1], block.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(block, requires_grad=False)
+        quantize_linears([linear], scheme)
+        made = stored(linear)
+        if made is None:
+            raise HarnessError("coreai-opt left it in fp16, for no known reason", fix="export this checkpoint as fp16")
+        for part, values in made.items():
+            whole.setdefault(part, torch.empty((rows, values.shape[1]), dtype=values.dtype))
+            whole[part][start:start + len(values)] = values
+        start += len(block)
+    if start != rows:
+        raise HarnessError(f"{start} rows came where {rows} were announced")
+    return whole
 
 
 class Widened(nn.Module):
-    """A quantized Linear whose weight is dequantized in fp16, as shipped, and widened before the product."""
+    """A quantized Linear whose weight is dequantized in fp16, as shipped, and widened before the product.
+
+    Quantizing a float32 model instead would give float32 scales, hence other codes and other weights than are shipped.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -106,15 +99,3 @@ class Widened(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., i] float32 -> [..., o] float32."""
         return F.linear(x, self.linear.weight.float())
-
-
-def widen(tower: nn.Module) -> nn.Module:
-    """Make a tower compute in float32 with exactly the numbers of its fp16 weights, codes and scales; returns it.
-
-    Quantizing a float32 model instead would give float32 scales, hence other codes and other weights than are shipped.
-    """
-    for name, module in list(tower.named_modules()):
-        if isinstance(module, nn.Linear) and stored(module) is not None:
-            parent, _, attribute = name.rpartition(".")
-            setattr(tower.get_submodule(parent), attribute, Widened(module))
-    return cast_weights(tower, torch.float32)
