@@ -7,7 +7,9 @@ quantizing the whole model at once (tests/test_export_stream.py) in the memory o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +43,9 @@ def quantize_linears(linears: list[nn.Linear], scheme: Scheme) -> None:
               "granularity": {"type": "per_block", "block_size": scheme.block, "axis": 1}}
     config = {"execution_mode": "eager", "global_config": {
         "op_state_spec": {"weight": weight}, "op_input_spec": None, "op_output_spec": None}}
-    level = logger.level
     logger.setLevel(logging.ERROR)  # its warning of a skipped tensor becomes an error of ours
-    try:
-        quantizer = Quantizer(bag, QuantizerConfig.from_dict({"quantization_config": config}))
-        quantizer.finalize(quantizer.prepare(example_inputs=()), backend=ExportBackend.CoreAI)
-    finally:
-        logger.setLevel(level)
+    quantizer = Quantizer(bag, QuantizerConfig.from_dict({"quantization_config": config}))
+    quantizer.finalize(quantizer.prepare(example_inputs=()), backend=ExportBackend.CoreAI)
 
 
 def stored(linear: nn.Linear) -> dict[str, Tensor] | None:
@@ -63,27 +61,53 @@ def stored(linear: nn.Linear) -> dict[str, Tensor] | None:
     return {part: state[part] for part in PARTS} if PARTS[0] in state else None
 
 
-def quantize_rows(blocks: Iterable[Tensor], rows: int, scheme: Scheme) -> dict[str, Tensor]:
-    """coreai-opt's codes and scales of a weight [rows, i] that comes in fp16 blocks of its rows.
+def quantize_rows(blocks: Iterable[Tensor], rows: int, scheme: Scheme,
+                  rounded: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """coreai-opt's codes and scales of a weight [rows, i] that comes in blocks of its rows; `rounded` makes them fp16.
 
     Raises HarnessError where coreai-opt leaves a block as it is.
     """
     whole: dict[str, Tensor] = {}
     start = 0
-    for block in blocks:
-        linear = nn.Linear(block.shape[1], block.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(block, requires_grad=False)
-        quantize_linears([linear], scheme)
-        made = stored(linear)
-        if made is None:
-            raise HarnessError("coreai-opt left it in fp16, for no known reason", fix="export this checkpoint as fp16")
+    for made in _in_order(lambda block: _quantize_block(rounded(block), scheme), blocks):
         for part, values in made.items():
             whole.setdefault(part, torch.empty((rows, values.shape[1]), dtype=values.dtype))
             whole[part][start:start + len(values)] = values
-        start += len(block)
+        start += len(values)
     if start != rows:
         raise HarnessError(f"{start} rows came where {rows} were announced")
     return whole
+
+
+def _quantize_block(block: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    linear = nn.Linear(block.shape[1], block.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(block, requires_grad=False)
+    quantize_linears([linear], scheme)
+    made = stored(linear)
+    if made is None:
+        raise HarnessError("coreai-opt left it in fp16, for no known reason", fix="export this checkpoint as fp16")
+    return made
+
+
+def _in_order(work: Callable[[Tensor], dict[str, Tensor]], blocks: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    """`work` of each block, as many at a time as torch has threads, each in one: blocks fit a cache, and threads that
+    share one wait for each other at every operation (on two busy cores 4.6 s instead of 0.9 s for 50 M weights)."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(work, blocks)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running: deque[Future] = deque()
+            for block in blocks:
+                running.append(pool.submit(work, block))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Widened(nn.Module):

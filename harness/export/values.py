@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from harness.graph.vision import interpolate_positions
 
 BAKED = VISION + "positions"
 """The vision tower's own table of positions, resampled to its grid."""
-BLOCK = 1 << 23
-"""Elements made at a time: 16 MiB of fp16, and about six times that while coreai-opt looks at it."""
+BLOCK = 1 << 21
+"""Elements made at a time: 4 MiB of fp16, and about six times that while coreai-opt looks at them: they fit a cache."""
 
 
 class CheckpointValues:
@@ -50,7 +50,8 @@ class CheckpointValues:
             table = to_fp16(POSITIONS, self.checkpoint.tensor(POSITIONS))
             return interpolate_positions(table, *self.grid, self.geometry.merge).to(torch.float16).to(like.dtype)
         value, start = torch.empty(like.shape, dtype=like.dtype), 0
-        for block in self._blocks(name, self._tensor(name)):
+        held = self._tensor(name)
+        for block in map(partial(to_fp16, name), held.split(_rows(held))):
             value[start:start + len(block)] = block.reshape(len(block), *like.shape[1:])
             start += len(block)
         return value
@@ -61,7 +62,7 @@ class CheckpointValues:
             self._last = "", {}
             held = self._tensor(name)
             try:
-                self._last = name, quantize_rows(self._blocks(name, held), len(held), scheme)
+                self._last = name, quantize_rows(held.split(_rows(held)), len(held), scheme, partial(to_fp16, name))
             except HarnessError as error:
                 raise error if error.path else error.at(name) from error
         made = self._last[1].pop(part)
@@ -72,6 +73,7 @@ class CheckpointValues:
     def _tensor(self, name: str) -> Tensor:
         return self.checkpoint.tensor(self._from.get(name, name))
 
-    def _blocks(self, name: str, held: Tensor) -> Iterator[Tensor]:
-        rows = max(1, BLOCK * len(held) // max(held.numel(), 1))
-        return (to_fp16(name, block) for block in held.split(rows))
+
+def _rows(held: Tensor) -> int:
+    """Rows in a block."""
+    return max(1, BLOCK * len(held) // max(held.numel(), 1))
