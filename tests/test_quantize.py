@@ -87,7 +87,7 @@ def test_dequantization_rounds_one_product_once():
 
 def test_rows_are_independent(monkeypatch):
     whole = expected_codes(edge_weights(), CLIPPED)
-    monkeypatch.setattr(quantize, "ROWS", 5)
+    monkeypatch.setattr(quantize, "BLOCK", 5 * 64)
     assert all(torch.equal(a, b) for a, b in zip(whole, expected_codes(edge_weights(), CLIPPED)))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import mmap
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,16 @@ MOST = {torch.int8: 255, torch.float16: 2048, torch.float32: 1 << 24}
 """Whole numbers from 2 on that a dtype holds exactly (int8: shifted)."""
 
 
+LARGE = 1 << 22
+"""Bytes of a weight whose making leaves enough freed memory behind to hand it back to the system."""
+
+
+def give_back() -> None:
+    """Hand freed memory back (glibc keeps it: 1.1 GiB at the end of an 8B export); elsewhere the allocator does so."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 class _Filling(TorchConverter):
     """Makes the value of each hollow weight when its constant is made, and keeps none of them."""
 
@@ -34,7 +46,10 @@ class _Filling(TorchConverter):
         self._pending = pending
 
     def _constant_from_tensor(self, tensor: Tensor) -> Any:
-        return super()._constant_from_tensor(self._pending.value(tensor))
+        made = super()._constant_from_tensor(self._pending.value(tensor))
+        if tensor.nbytes >= LARGE:
+            give_back()
+        return made
 
 
 class _Naming(TorchConverter):
@@ -49,8 +64,8 @@ class _Naming(TorchConverter):
         self._pending, self._used = pending, Counter[str]()
 
     def _constant_from_tensor(self, tensor: Tensor) -> Any:
-        if tensor not in self._pending:
-            return super()._constant_from_tensor(tensor)
+        if not self._pending.is_weight(tensor):
+            return super()._constant_from_tensor(self._pending.value(tensor))
         kind = get_tensor_type(tensor, self._location, dtype=tensor.dtype)
         self._used[str(kind)] += 1
         number = 1 + self._used[str(kind)]

@@ -44,10 +44,17 @@ class Pending:
     def __init__(self) -> None:
         self._makers: dict[int, tuple[str, Callable[[], Tensor]]] = {}
         self._asked: set[int] = set()
+        self._known: set[int] = set()
 
-    def hollow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """A tensor without memory behind it, whose value `make` gives (of the same shape and dtype)."""
+    def hollow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[Tensor], Tensor],
+               known: bool = False) -> Tensor:
+        """A tensor without memory behind it, whose value `make` gives (of the same shape and dtype).
+
+        known: its value is part of the program's structure, so that a twin without weights has it too.
+        """
         tensor = torch.empty(shape, dtype=dtype)
+        if known:
+            self._known.add(tensor.data_ptr())
         self._makers[tensor.data_ptr()] = name, partial(make, torch.empty(shape, dtype=dtype, device="meta"))
         return tensor
 
@@ -64,8 +71,9 @@ class Pending:
                                f"{tuple(tensor.shape)}", where=name)
         return made
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return tensor.data_ptr() in self._makers
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether it is hollow, and its value no part of the program's structure."""
+        return tensor.data_ptr() in self._makers.keys() - self._known
 
     def check_all_made(self) -> None:
         """Raises HarnessError naming a tensor that was never asked for: the program has lost it."""
@@ -131,14 +139,19 @@ def _quantized(linear: nn.Linear, name: str, scheme: Scheme, values: Values, pen
     made.in_features, made.out_features = linear.in_features, linear.out_features
     blocks = linear.in_features // scheme.block
     module = made.parametrizations.weight[0]
-    # A symmetric scheme has no zero point: pages of zeros that nobody writes cost no memory either.
-    module.zero_point = torch.zeros((linear.out_features, blocks), dtype=module.zero_point.dtype)
+    module.zero_point = pending.hollow(f"{name} (zero_point)", (linear.out_features, blocks), module.zero_point.dtype,
+                                       _zeros, known=True)
     for part, columns in zip(PARTS, (linear.in_features, blocks)):
         held = getattr(module, part)
         hollow = pending.hollow(f"{name} ({part})", (linear.out_features, columns), held.dtype,
                                 partial(values.codes, name, scheme, part))
         setattr(module, part, hollow)
     return made
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """The zero points of a symmetric scheme."""
+    return torch.zeros(like.shape, dtype=like.dtype)
 
 
 def check_blocks(name: str, columns: int, scheme: Scheme) -> None:

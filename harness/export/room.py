@@ -25,6 +25,8 @@ ON_DISK = 1 << 25
 """Bytes from which on the converter keeps a constant in a file in TMPDIR instead of in memory (measured: exactly this)."""
 BASE = 7 << 27
 """Bytes of Python, torch and the traced graphs of an export (0.9 GiB measured at 36 layers)."""
+TWIN = 1 << 28
+"""Bytes, generously, of the twin without weights that seams are found by, and of what the runtime compiles it to."""
 PREFIX = "harness-export-"
 
 
@@ -44,10 +46,8 @@ class Room:
         programs += [_constants_of_vision(geometry, grid, dtype)] if vision else []
         sizes = [sum(program) for program in programs]
         filed = [sum(size for size in program if size >= ON_DISK) for program in programs]
-        # Of a program with a seam index there is a DEBUG twin, which the runtime compiles to a file of its own.
-        twins = [2 * size for size in sizes]
-        held = [total - on_disk + 2 * max(program) for total, on_disk, program in zip(sizes, filed, programs)]
-        return cls(sum(sizes), max(max(filed), max(twins)), BASE + max(held))
+        held = [total - on_disk + max(program) for total, on_disk, program in zip(sizes, filed, programs)]
+        return cls(sum(sizes), max(filed) + TWIN, BASE + max(held))
 
     def describe(self, out: Path, scratch: Path) -> str:
         """One sentence."""
