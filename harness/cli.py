@@ -141,6 +141,17 @@ def _export(arguments: Arguments) -> int:
     return ExitCode.PASS
 
 
+def _sketch(arguments: Arguments) -> int:
+    from harness.store import Oracle, open_oracle, write_sketch
+
+    write_sketch(Oracle.open(arguments.oracle), arguments.out)
+    made, sizes = open_oracle(arguments.out), [
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in (arguments.oracle, arguments.out)]
+    print(f"{len(made.cases)} cases sketched in {arguments.out}, {sizes[1] / 1e6:.1f} MB of {sizes[0] / 1e6:.1f} MB "
+          f"({sizes[0] / sizes[1]:.0f} x smaller), digest {made.digest[:12]}")
+    return ExitCode.PASS
+
+
 def _calibrate(arguments: Arguments) -> int:
     from harness.calibrate import calibrate, to_toml
     from harness.run import write_atomic
@@ -215,6 +226,7 @@ VERBS = {
                  _gate),
     "ladder": Verb("run some rungs", (takes.subject, takes.output, takes.rung), _ladder),
     "record": Verb("record the fp32 oracle", (takes.record,), _record),
+    "sketch": Verb("make a small stand-in of a recorded oracle, for git and model cards", (takes.sketch,), _sketch),
     "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
                       (takes.subject, takes.calibrate), _calibrate),

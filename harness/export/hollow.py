@@ -73,7 +73,7 @@ class Pending:
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether it is hollow, and its value no part of the program's structure."""
-        return tensor.data_ptr() in self._makers.keys() - self._known
+        return tensor.data_ptr() in self._makers and tensor.data_ptr() not in self._known
 
     def check_all_made(self) -> None:
         """Raises HarnessError naming a tensor that was never asked for: the program has lost it."""
