@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors quiet", "metrics verdict tables", "sketch", "trace geometry", "checkpoint", "cases bundle threads", "graph.contract",
+ORDER = ["errors quiet sums", "metrics verdict tables", "sketch", "trace geometry", "checkpoint", "cases bundle threads", "graph.contract",
          "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
          "gate", "options", "background", "shipped", "benign", "subject", "probes", "rungs", "zoom report calibrate",
          "session", "faults", "terminal doctor arguments", "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*", "export"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
 JUDGES = {"metrics", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",
-          "audit", "tables", "sketch"}
+          "audit", "tables", "sketch", "sums"}
 HEAVY = {"torch", "transformers", "coreai", "coreai_torch", "coreai_opt"}
 
 

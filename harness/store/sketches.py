@@ -23,7 +23,7 @@ import numpy as np
 from harness.cases import FrozenInputs
 from harness.checkpoint import read_json
 from harness.errors import HarnessError, within
-from harness.sketch import Sketch, make, seed_of
+from harness.sketch import Sketch, fingerprint, make, seed_of
 from harness.store.files import disk_errors, write_json, write_tensors
 from harness.store.identity import SCHEMA, need
 from harness.store.reader import INPUTS, ROLLOUT, Oracle, OracleCase, case_digest
@@ -46,6 +46,15 @@ class SketchOracle(Oracle):
 
     manifest = MANIFEST
     exact = False
+
+    @classmethod
+    def open(cls, path: Path, checkpoint_digest: str | None = None) -> SketchOracle:
+        """As `Oracle.open`. Raises HarnessError also for a sketch that was made with other projections."""
+        found = super().open(path, checkpoint_digest)
+        if read_json(found.path / MANIFEST).get("projections") != fingerprint():
+            raise HarnessError("was made with other projections than this version's", where=path,
+                               fix="sketch the oracle again with this version of the tool")
+        return found
 
     @cached_property
     def of(self) -> str:
@@ -75,8 +84,8 @@ class SketchCase(OracleCase):
         if "grid" not in held:
             return FrozenInputs(self.name, held["ids"], held["positions"])
         try:
-            patches = np.frombuffer(zlib.decompress(held["patches.zlib"].tobytes()), dtype="<f4")
-            patches = patches.reshape(held["patches.shape"])
+            packed = zlib.decompress(held["patches.zlib"].tobytes())
+            patches = np.frombuffer(packed, dtype="<f4").reshape(held["patches.shape"]).astype(np.float32)
         except (zlib.error, ValueError) as error:
             raise HarnessError(f"its patches are damaged ({error})", where=self.folder) from error
         return FrozenInputs(self.name, held["ids"], held["positions"], patches, tuple(held["grid"].tolist()))
@@ -122,7 +131,8 @@ def write_sketch(oracle: Oracle, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        write_json(draft / MANIFEST, {"schema": SCHEMA, "identity": oracle.identity.record(), "of": oracle.digest})
+        write_json(draft / MANIFEST, {"schema": SCHEMA, "identity": oracle.identity.record(), "of": oracle.digest,
+                                      "projections": fingerprint()})
         for name in oracle.cases:
             with within(name):
                 _write_case(oracle.case(name), oracle.digest, draft / "cases" / name)
