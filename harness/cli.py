@@ -142,13 +142,9 @@ def _export(arguments: Arguments) -> int:
 
 
 def _sketch(arguments: Arguments) -> int:
-    from harness.store import Oracle, open_oracle, write_sketch
+    from harness.store import Oracle, write_sketch
 
-    write_sketch(Oracle.open(arguments.oracle), arguments.out)
-    made, sizes = open_oracle(arguments.out), [
-        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in (arguments.oracle, arguments.out)]
-    print(f"{len(made.cases)} cases sketched in {arguments.out}, {sizes[1] / 1e6:.1f} MB of {sizes[0] / 1e6:.1f} MB "
-          f"({sizes[0] / sizes[1]:.0f} x smaller), digest {made.digest[:12]}")
+    print(write_sketch(Oracle.open(arguments.oracle), arguments.out))
     return ExitCode.PASS
 
 

@@ -117,8 +117,8 @@ class SketchCase(OracleCase):
         return whole
 
 
-def write_sketch(oracle: Oracle, folder: Path) -> None:
-    """Sketch every case of an oracle into a new `folder`; whole or not at all.
+def write_sketch(oracle: Oracle, folder: Path) -> str:
+    """Sketch every case of an oracle into a new `folder`, whole or not at all; returns a sentence on how small it is.
 
     Raises HarnessError where the folder is there, the oracle is a sketch itself or was not recorded in float32, or the
     disk refuses.
@@ -141,6 +141,9 @@ def write_sketch(oracle: Oracle, folder: Path) -> None:
             os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    before, after = (sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) for root in (oracle.path, folder))
+    return f"{len(oracle.cases)} cases sketched in {folder}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB " \
+           f"({before / after:.0f} x smaller)"
 
 
 def _write_case(case: OracleCase, of: str, folder: Path) -> None:
