@@ -197,8 +197,8 @@ def test_a_tied_checkpoint_is_quantized_as_planned(mode, tmp_path):
 def test_the_sharp_twin_widens_every_number(checkpoint):
     _, _, (vision, seen), (decoder, pending, _) = towers(checkpoint, "int8hu", torch.float32)
     assert isinstance(decoder.lm_head, Widened)
-    norm = pending.value(decoder.norm.weight)
-    assert norm.dtype == torch.float32 and torch.equal(norm, checkpoint.tensor("model.language_model.norm.weight").half().float())
+    norm, right = pending.value(decoder.norm.weight), checkpoint.tensor("model.language_model.norm.weight")
+    assert norm.dtype == torch.float32 and torch.equal(norm, right.half().float())
     assert seen.value(vision.positions).dtype == torch.float32
 
 

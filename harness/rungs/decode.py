@@ -40,7 +40,8 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
     oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
     if subject.by_sketch:
-        return [*judge(NAME, case, seams, _unturned(subject, case, oracle.only(seams)), {"": by_layer(trace)}, subject.bounds),
+        keys = _unturned(subject, case, oracle.only(seams))
+        return [*judge(NAME, case, seams, keys, {"": by_layer(trace)}, subject.bounds),
                 sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
                 sketched.greedy_by_top(NAME, case, subject, rows, tokens, trace["logits"], tie)]
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),

@@ -141,7 +141,8 @@ def write_sketch(oracle: Oracle, folder: Path) -> str:
             os.rename(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    before, after = (sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) for root in (oracle.path, folder))
+    before, after = (sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+                     for root in (oracle.path, folder))
     return f"{len(oracle.cases)} cases sketched in {folder}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB " \
            f"({before / after:.0f} x smaller)"
 
