@@ -15,7 +15,7 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--graph", metavar="MODULE:FACTORY", help="torch graph under test (default: ours)")
     add("--bundle", type=Path, metavar="DIR", help="LanguageBundle under test (default: export one)")
     add("--vision-bundle", type=Path, metavar="DIR", help="vision bundle that goes with it")
-    add("--oracle", type=Path, metavar="DIR", help="recorded oracle (default: record or resume one)")
+    add("--oracle", type=Path, metavar="DIR", help="recorded oracle, or a sketch of one (default: record or resume one)")
     add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
     add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
@@ -67,6 +67,12 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
 
 
+def sketch(parser: argparse.ArgumentParser) -> None:
+    """`harness sketch`."""
+    parser.add_argument("oracle", type=Path, help="recorded oracle")
+    parser.add_argument("out", type=Path, help="new folder for the sketch")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     """`harness export`."""
     add = parser.add_argument
@@ -79,6 +85,7 @@ def export(parser: argparse.ArgumentParser) -> None:
     add("--dynamic", action="store_true", help="also export the dynamic-S twin")
     add("--activations", choices=("fp16", "fp32"), default="fp16", help="fp32 separates structure from rounding")
     add("--overwrite", action="store_true", help="replace bundles that are there")
+    add("--tmp", type=Path, metavar="DIR", help="where temporary files go (default: TMPDIR)")
     add("--json", action="store_true", help="print paths and sizes as JSON")
 
 

@@ -1,49 +1,32 @@
 """The weight audit: find every checkpoint tensor among a program's tables, row by row, without names to go by.
 
-A shipped program names nothing, so tensors are found by content: each expected row votes for the table and offset where
-the same row stands. Fused tables (q, k and v in one) are found like single ones, and a tensor with some stale rows is
-still found by the others, so that the rows can be named.
+A shipped program names nothing, so tensors are found by content: the beginning of each expected row votes for the table
+and offset where the same row begins. Fused tables (q, k and v in one) are found like single ones, and a tensor with some
+stale rows is still found by the others, so that the rows can be named. What was found is compared whole, in blocks of
+rows: nothing bigger than a block is held, and a program of any size is audited at about the speed of reading it.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from harness.tables import Expected, Index, Table, View, views
 
 HALF_STEP = 0.5
 SLACK = 2.0**-9
 """Relative room for rounding: a scale held in fp16 is off by 2^-11, and so is the product."""
 TINY = 1e-12
-
-
-class Table(Protocol):
-    """A table of a program: `harness.engines.program.Weight` is one."""
-
-    shape: tuple[int, ...]
-    stored: str
-    uses: Sequence[Any]
-
-    def rows(self) -> np.ndarray:
-        """As the program computes with it, dequantized."""
-        ...
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A tensor the program must hold: `value` as it must compute with it, `weight` before quantization (both 2-D or 1-D).
-
-    step: quantization step of every element as our formula gives it, or None where the tensor is stored as it is.
-    """
-
-    name: str
-    value: np.ndarray
-    weight: np.ndarray
-    step: np.ndarray | None = None
+BLOCK = 1 << 20
+"""Values compared at a time: a few MiB, which a processor's cache holds."""
+NAMED = 8
+"""Wrong rows that a finding names."""
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,101 +41,105 @@ class Finding:
     at: int | None
 
 
-def audit(expected: Iterable[Expected], tables: Sequence[Table]) -> tuple[list[Finding], list[Table]]:
-    """Findings in the order given, and the tables that hold no expected row."""
-    views = [view for table in tables for view in _views(table)]
-    index: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
-    for number, view in enumerate(views):
-        for row, digest in enumerate(_digests(view.values)):
-            index[digest].append((number, row))
-    claimed: set[int] = set()
-    findings, lost = {}, []
+def audit(expected: Iterable[Expected], tables: Sequence[Table], each: Each = map) -> tuple[list[Finding], list[Table]]:
+    """Findings in the order given, and the tables that hold no expected row. `each` maps a function over tensors: a
+    thread pool's `map` uses more than one core."""
     wanted = list(expected)
+    index = Index([view for table in tables for view in views(table)], each)
+    claimed: set[int] = set()
+    places: dict[str, tuple[View, int]] = {}
+    for item, ballots in zip(wanted, each(index.ballots, wanted)):
+        place = index.elect(ballots, claimed)
+        if place is not None:
+            places[item.name] = place
+            claimed.add(id(place[0].table))
     for item in wanted:
-        place = _vote(item, views, index)
-        if place is None:
-            lost.append(item)
-            continue
-        view, offset = views[place[0]], place[1]
-        claimed.add(id(view.table))
-        findings[item.name] = _compare(item, view, offset)
-    for item in lost:
-        near = _nearest(item, [view for view in views if id(view.table) not in claimed])
-        if near is None:
-            findings[item.name] = Finding(item.name, None, item.value.size, (), "the program holds no such table", None)
-        else:
+        if item.name not in places and (near := _nearest(item, [view for view in index.views
+                                                                 if id(view.table) not in claimed])):
+            places[item.name] = near, 0
             claimed.add(id(near.table))
-            findings[item.name] = _compare(item, near, 0)
+    findings = dict(zip((item.name for item in wanted), each(
+        lambda item: _compare(item, *places[item.name]) if item.name in places else
+        Finding(item.name, None, item.size, (), "the program holds no such table", None), wanted)))
     _check_order(findings)
-    return [findings[item.name] for item in wanted], [table for table in tables if id(table) not in claimed]
+    return list(findings.values()), [table for table in tables if id(table) not in claimed]
 
 
-@dataclass(frozen=True)
-class _View:
-    table: Table
-    values: np.ndarray
+def _nearest(item: Expected, among: Sequence[View]) -> View | None:
+    """The view of the tensor's shape whose values are nearest to it."""
+    def distance(view: View) -> float:
+        return sum(float(np.square(np.nan_to_num(view.rows(start, stop).astype(np.float64)) - item.value(start, stop)).sum())
+                   for start, stop in _blocks(item))
+
+    return min((view for view in among if view.shape == item.shape), key=distance, default=None)
 
 
-def _views(table: Table) -> Iterable[_View]:
-    """A table as it lies and, where it is a matrix, transposed: a converter may fold the transposition in."""
-    values = table.rows()
-    squeezed = values.reshape([side for side in values.shape if side != 1] or [1])
-    if squeezed.ndim == 1:
-        yield _View(table, squeezed[None])
-    elif squeezed.ndim == 2:
-        yield _View(table, squeezed)
-        yield _View(table, squeezed.T)
+def _blocks(item: Expected) -> Iterable[tuple[int, int]]:
+    rows, columns = item.shape
+    step = max(1, BLOCK // max(columns, 1))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _digests(values: np.ndarray) -> list[bytes]:
-    return [row.tobytes() for row in np.ascontiguousarray(values)]
-
-
-def _matrix(values: np.ndarray) -> np.ndarray:
-    return values[None] if values.ndim == 1 else values
-
-
-def _vote(item: Expected, views: Sequence[_View], index: Mapping[bytes, list[tuple[int, int]]]) -> tuple[int, int] | None:
-    value = _matrix(item.value)
-    votes: Counter[tuple[int, int]] = Counter()
-    for row, digest in enumerate(_digests(value)):
-        for number, place in index.get(digest, ()):
-            if place >= row and place - row + len(value) <= len(views[number].values):
-                votes[number, place - row] += 1
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _nearest(item: Expected, views: Sequence[_View]) -> _View | None:
-    value = _matrix(item.value).astype(np.float64)
-    same = [view for view in views if view.values.shape == value.shape]
-    return min(same, key=lambda view: float(np.linalg.norm(np.nan_to_num(view.values.astype(np.float64)) - value)),
-               default=None)
-
-
-def _compare(item: Expected, view: _View, offset: int) -> Finding:
-    value, weight = _matrix(item.value), _matrix(item.weight)
-    held = view.values[offset:offset + len(value)]
+def _compare(item: Expected, view: View, offset: int) -> Finding:
     at, stored = min(use.at for use in view.table.uses), view.table.stored
     codes = " x " in stored
-    if codes != (item.step is not None):
-        wanted = "as codes with block scales" if item.step is not None else "as it is"
-        return Finding(item.name, stored, value.size, (), f"stored as {stored}, the recipe stores it {wanted}", at)
+    if codes != item.quantized:
+        wanted = "as codes with block scales" if item.quantized else "as it is"
+        return Finding(item.name, stored, item.size, (), f"stored as {stored}, the recipe stores it {wanted}", at)
+    reason = "every value on the grid and within half a quantization step" if codes else f"{item.size} values equal"
+    count, rows, first, named = 0, 0, None, []
+    exact = True
+    for start, stop in _blocks(item):
+        if _same(item, view, start, stop, offset):
+            continue
+        held, value = view.rows(start + offset, stop + offset), item.value(start, stop)
+        exact = exact and np.array_equal(held, value)
+        wrong = _wrong(item, held, value, start, stop)
+        bad = np.flatnonzero(wrong.any(axis=1))
+        if len(bad) and first is None:
+            row, column = (int(part) for part in np.argwhere(wrong)[0])
+            first = [start + row, column], held[row, column], value[row, column]
+        count, rows = count + int(wrong.sum()), rows + len(bad)
+        named += [start + int(row) for row in bad[:NAMED - len(named)]]
+    if first is None:
+        return Finding(item.name, stored, 0, (), f"{item.size} values equal" if exact else reason, at)
+    place, got, right = first
+    reason = f"{count} of {item.size} values differ in {rows} of {item.shape[0]} rows, the first at {place}: " \
+             f"{got:.6g} where {right:.6g} is right; relative error {_error(item, view, offset):.3g}"
+    return Finding(item.name, stored, count, tuple(named), reason, at)
+
+
+def _same(item: Expected, view: View, start: int, stop: int, offset: int) -> bool:
+    """Whether these rows are stored with the very bits that are expected; False says nothing, they are compared then."""
+    if item.quantized:
+        held, wanted = view.digits(start + offset, stop + offset), item.digits(start, stop)
+        return held is not None and all(map(np.array_equal, held, wanted))
+    held, wanted = view.rows(start + offset, stop + offset), item.value(start, stop)
+    if held.dtype != wanted.dtype or held.dtype.itemsize != 2:
+        return np.array_equal(held, wanted)
+    return np.array_equal(held.view(np.uint16), wanted.view(np.uint16))  # numpy compares halves one by one
+
+
+def _wrong(item: Expected, held: np.ndarray, value: np.ndarray, start: int, stop: int) -> np.ndarray:
     wrong = held != value
-    reason = f"{value.size} values equal"
-    if wrong.any() and item.step is not None:
-        # Another quantizer may break ties otherwise; what it may not do is leave the grid of the right step.
-        near = (np.abs(held.astype(np.float64) - weight)
-                <= _matrix(item.step) * HALF_STEP * (1 + SLACK) + SLACK * np.abs(weight.astype(np.float64)))
-        steps = held.astype(np.float64) / np.maximum(_matrix(item.step), TINY)
-        wrong = wrong & ~(near & (np.abs(steps - np.round(steps)) <= SLACK / 2 * np.abs(steps) + TINY))
-        reason = "every value on the grid and within half a quantization step"
-    rows = np.flatnonzero(wrong.any(axis=1))
-    if len(rows):
-        error = np.linalg.norm(held.astype(np.float64) - value) / max(float(np.linalg.norm(value.astype(np.float64))), 1e-30)
-        first = tuple(int(part) for part in np.argwhere(wrong)[0])
-        reason = f"{int(wrong.sum())} of {value.size} values differ in {len(rows)} of {len(value)} rows, the first at " \
-                 f"{list(first)}: {held[first]:.6g} where {value[first]:.6g} is right; relative error {error:.3g}"
-    return Finding(item.name, stored, int(wrong.sum()), tuple(int(row) for row in rows[:8]), reason, at)
+    if not item.quantized or not wrong.any():
+        return wrong
+    # Another quantizer may break ties otherwise; what it may not do is leave the grid of the right step.
+    weight, step = item.weight(start, stop), item.step(start, stop)
+    near = (np.abs(held.astype(np.float64) - weight)
+            <= step * HALF_STEP * (1 + SLACK) + SLACK * np.abs(weight.astype(np.float64)))
+    steps = held.astype(np.float64) / np.maximum(step, TINY)
+    return wrong & ~(near & (np.abs(steps - np.round(steps)) <= SLACK / 2 * np.abs(steps) + TINY))
+
+
+def _error(item: Expected, view: View, offset: int) -> float:
+    """Relative L2 error of the whole tensor."""
+    apart = total = 0.0
+    for start, stop in _blocks(item):
+        value = item.value(start, stop).astype(np.float64)
+        apart += float(np.square(view.rows(start + offset, stop + offset).astype(np.float64) - value).sum())
+        total += float(np.square(value).sum())
+    return float(np.sqrt(apart) / max(np.sqrt(total), 1e-30))
 
 
 def _check_order(findings: dict[str, Finding]) -> None:

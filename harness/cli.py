@@ -137,8 +137,15 @@ def _export(arguments: Arguments) -> int:
     with Screen(quiet=arguments.json) as screen:
         result = export(checkpoint, arguments.out, arguments.mode, grid=arguments.grid, context=arguments.context,
                         dynamic=arguments.dynamic, activations=arguments.activations, overwrite=arguments.overwrite,
-                        progress=screen.say)
+                        tmp=arguments.tmp, progress=screen.say)
     print(json.dumps(result.record()) if arguments.json else result.describe())
+    return ExitCode.PASS
+
+
+def _sketch(arguments: Arguments) -> int:
+    from harness.store import Oracle, write_sketch
+
+    print(write_sketch(Oracle.open(arguments.oracle), arguments.out))
     return ExitCode.PASS
 
 
@@ -190,6 +197,7 @@ VERBS = {
                  _gate),
     "ladder": Verb("run some rungs", (takes.subject, takes.output, takes.rung), _ladder),
     "record": Verb("record the fp32 oracle", (takes.record,), _record),
+    "sketch": Verb("make a small stand-in of a recorded oracle, for git and model cards", (takes.sketch,), _sketch),
     "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
                       (takes.subject, takes.calibrate), _calibrate),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from harness import sketch
 from harness.bounds import Bound, Bounds
 from harness.errors import HarnessError
 from harness.metrics import Distance, by_region
-from harness.verdict import Outcome, Verdict
+from harness.verdict import SEVERITY, Outcome, Verdict
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _judge_seam(rung: str, case: str, seam: str, reference: Mapping[str, np.ndar
             return error("not answered by the candidate" + (f" ({way})" if way else ""))
         theirs = regions if seam.startswith(("decoder.", "logits")) else {}
         try:
-            measured[way] = by_region(reference[seam], trace[seam], theirs)
+            compare = sketch.by_region if isinstance(reference[seam], sketch.Sketch) else by_region
+            measured[way] = compare(reference[seam], trace[seam], theirs)
         except HarnessError as problem:
             return Verdict(rung, case, seam, Outcome.FAIL, problem.what)
     if any(found["all"].degenerate for found in measured.values()) or not measured:
@@ -93,34 +95,59 @@ def _judge_seam(rung: str, case: str, seam: str, reference: Mapping[str, np.ndar
     return decide(rung, case, seam, measured, limits)
 
 
-def decide(rung: str, case: str, seam: str, measured: Mapping[str, Mapping[str, Distance]],
+def decide(rung: str, case: str, seam: str, measured: Mapping[str, Mapping[str, Distance | sketch.Estimate]],
            limits: Mapping[str, Bound]) -> Verdict:
-    """The verdict of one seam from its distances by way and region: the figure nearest to, or furthest past, its bound."""
+    """The verdict of one seam from its distances by way and region: the figure nearest to, or furthest past, its bound.
+
+    A figure of a sketch is known within an interval: all of it must lie within the bound to PASS, and past it to FAIL;
+    what the bound cuts in two is an ERROR, undecided.
+    """
     rows = [row for metric, bound in limits.items() for row in _rows(metric, bound, measured)]
     figures: dict[str, Any] = {way: {region: distance.figures() for region, distance in found.items()}
                                for way, found in measured.items()}
     if not rows:
         return Verdict(rung, case, seam, Outcome.ERROR, "no bounded metric was measured here", figures=figures)
-    value, limit, metric, region, distance = max(rows, key=lambda row: _excess(row[0], row[1]))
-    where = "" if region == "all" else f" over {region} tokens"
-    outcome = Outcome.PASS if value <= limit else Outcome.FAIL
-    relation = "within" if outcome is Outcome.PASS else "exceeds"
-    reason = f"{metric} {value:.3g}{where} {relation} {limit:.3g}"
-    if distance.candidate_nonfinite:
-        reason = f"{distance.candidate_nonfinite} values are not finite, the first at {list(distance.max_abs_at)}"
-    elif outcome is Outcome.FAIL:
-        reason += f"; worst token {distance.worst_token_at}, largest difference {distance.max_abs:.3g} at " \
-                  f"{list(distance.max_abs_at)}"
-    return Verdict(rung, case, seam, outcome, reason, metric, value, limit, figures=figures)
+    row = max(rows, key=lambda row: (SEVERITY[row.outcome], _excess(row.high, row.limit)))
+    where = "" if row.region == "all" else f" over {row.region} tokens"
+    relation = {Outcome.PASS: "within", Outcome.FAIL: "exceeds", Outcome.ERROR: "may or may not exceed"}[row.outcome]
+    by = f" by sketch, {row.low:.3g} to {row.high:.3g}," if isinstance(row.distance, sketch.Estimate) else ""
+    reason = f"{row.metric} {row.value:.3g}{where}{by} {relation} {row.limit:.3g}"
+    if row.distance.candidate_nonfinite:
+        reason = f"{row.distance.candidate_nonfinite} values are not finite"
+        reason += f", the first at {list(row.distance.max_abs_at)}" if not by else ""
+    elif row.outcome is Outcome.FAIL:
+        reason += f"; worst token {row.distance.worst_token_at}"
+        reason += "" if by else f", largest difference {row.distance.max_abs:.3g} at {list(row.distance.max_abs_at)}"
+    return Verdict(rung, case, seam, row.outcome, reason, row.metric, row.value, row.limit, figures=figures)
 
 
-def _rows(metric: str, bound: Bound, measured: Mapping[str, Mapping[str, Distance]]) -> Iterable[tuple]:
+class _Row(NamedTuple):
+    low: float
+    value: float
+    high: float
+    limit: float
+    metric: str
+    region: str
+    distance: Distance | sketch.Estimate
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.low > self.limit:
+            return Outcome.FAIL
+        return Outcome.PASS if self.high <= self.limit else Outcome.ERROR
+
+
+def _rows(metric: str, bound: Bound, measured: Mapping[str, Mapping[str, Distance | sketch.Estimate]]) -> Iterable[_Row]:
     way, _, name = metric.rpartition(".")
     if name not in Distance.__dataclass_fields__:
         raise HarnessError(f"bound on {metric!r}, which is no distance between two activations", where="bounds",
                            fix="narrow its seams, or name a field of metrics.Distance")
     for region, distance in measured.get(way, {}).items():
-        yield getattr(distance, name), bound.limit, metric, region, distance
+        if not isinstance(distance, sketch.Estimate):
+            yield _Row(*[getattr(distance, name)] * 3, bound.limit, metric, region, distance)
+        elif name in distance.high:
+            yield _Row(distance.low[name], getattr(distance, name), distance.high[name], bound.limit, metric, region,
+                       distance)
 
 
 def _excess(value: float, limit: float) -> float:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from harness.errors import HarnessError
+from harness.sums import Sums, sums
 
 LOW_NORM = 0.01
 """A row or channel whose norm lies below this fraction of the root-mean-square one is measured against that fraction:
 relative error of an almost empty row is noise, not evidence."""
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ def distance(reference: np.ndarray, candidate: np.ndarray) -> Distance:
         raise HarnessError(f"nothing to compare: shape {reference.shape}")
     rows = reference.shape[0]
     ref, cand = reference.reshape(rows, -1), candidate.reshape(rows, -1)
-    bad_ref, bad_cand = _nonfinite(ref), _nonfinite(cand)
-    if bad_ref or bad_cand:
-        return _not_finite(ref, cand, reference.shape, bad_ref, bad_cand)
-    sums = _sums(ref, cand)
-    return _figures(sums, reference.shape)
+    found = sums(ref, cand)
+    if not found.finite:
+        bad_ref, bad_cand = _nonfinite(ref), _nonfinite(cand)
+        if bad_ref or bad_cand:
+            return _not_finite(ref, cand, reference.shape, bad_ref, bad_cand)
+    return _figures(found, reference.shape)
 
 
 def by_region(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str, np.ndarray]) -> dict[str, Distance]:
@@ -87,48 +88,14 @@ def by_region(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str
     return out
 
 
-@dataclass
-class _Sums:
-    row_rr: np.ndarray
-    row_cc: np.ndarray
-    row_rc: np.ndarray
-    row_dd: np.ndarray
-    col_rr: np.ndarray
-    col_dd: np.ndarray
-    max_abs: float
-    max_abs_at: int
-    reference_max: float
-
-
-def _sums(ref: np.ndarray, cand: np.ndarray) -> _Sums:
-    """One pass in blocks of rows: no float64 copy of the whole is ever held."""
-    rows, columns = ref.shape
-    sums = _Sums(*(np.empty(rows) for _ in range(4)), np.zeros(columns), np.zeros(columns), -1.0, 0, 0.0)
-    step = max(1, _BLOCK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        r, c = ref[part].astype(np.float64), cand[part].astype(np.float64)
-        d = c - r
-        sums.row_rr[part] = np.einsum("ij,ij->i", r, r)
-        sums.row_cc[part] = np.einsum("ij,ij->i", c, c)
-        sums.row_rc[part] = np.einsum("ij,ij->i", r, c)
-        sums.row_dd[part] = np.einsum("ij,ij->i", d, d)
-        sums.col_rr += np.einsum("ij,ij->j", r, r)
-        sums.col_dd += np.einsum("ij,ij->j", d, d)
-        at = int(np.abs(d).argmax())
-        if abs(d.flat[at]) > sums.max_abs:
-            sums.max_abs, sums.max_abs_at = float(abs(d.flat[at])), start * columns + at
-        sums.reference_max = max(sums.reference_max, float(np.abs(r).max()))
-    return sums
-
-
-def _figures(sums: _Sums, shape: tuple[int, ...]) -> Distance:
+def _figures(sums: Sums, shape: tuple[int, ...]) -> Distance:
     rr, cc, dd = (float(part.sum()) for part in (sums.row_rr, sums.row_cc, sums.row_dd))
     token, token_at = _worst(sums.row_dd, sums.row_rr)
     channel, channel_at = _worst(sums.col_dd, sums.col_rr)
-    cosine = _cosine(float(sums.row_rc.sum()), rr, cc)
+    row_rc = (sums.row_rr + sums.row_cc - sums.row_dd) / 2  # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
+    cosine = _cosine((rr + cc - dd) / 2, rr, cc)
     low = sums.row_rr < LOW_NORM**2 * sums.row_rr.mean()
-    row_cosines = np.array([_cosine(*row) for row in zip(sums.row_rc, sums.row_rr, sums.row_cc)])
+    row_cosines = np.array([_cosine(*row) for row in zip(row_rc, sums.row_rr, sums.row_cc)])
     row_cosines[low & (sums.row_dd <= sums.row_rr.mean() * LOW_NORM**2)] = 1.0
     mse = dd / math.prod(shape)
     return Distance(

@@ -23,6 +23,9 @@ SIZES = ("off-grid", "halves", "long", "small", "large")
 TOKENIZER = ("vocabulary", "merges", "template")
 EXTRA = "tensors nobody accounts for"
 SHARP, ALL = "~sharp", "all-cases"
+NOT_IN_SKETCH = "not-in-sketch"
+"""The seam of a rung judged by sketch under which a policy may allow what a sketch cannot say."""
+SKETCHED = ("vision", "decoder", "decode", "quantized")
 HEAD = "lm_head.weight"
 _DECODER_TENSORS = ("input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm",
                     "self_attn.k_norm", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.q_proj",
@@ -84,8 +87,12 @@ def tensors(geometry: Geometry) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def planned(geometry: Geometry, cases: Mapping[str, Kind], mode: str, exported: bool) -> dict[tuple[str, str], list[str]]:
-    """Seams by rung and case. `exported`: the bundle is our own export, which has a sharp twin (see `rungs.engine`)."""
+def planned(geometry: Geometry, cases: Mapping[str, Kind], mode: str, exported: bool,
+            by_sketch: bool = False) -> dict[tuple[str, str], list[str]]:
+    """Seams by rung and case. `exported`: the bundle is our own export, which has a sharp twin (see `rungs.engine`).
+
+    by_sketch: a sketch stands for the oracle.
+    """
     vision, decoder = vision_seams(geometry), decoder_seams(geometry)
     cache, held = cache_seams(geometry.layers), tensors(geometry)
     taps = [f"deepstack.{tap}" for tap in range(len(geometry.deepstack_taps))]
@@ -109,4 +116,7 @@ def planned(geometry: Geometry, cases: Mapping[str, Kind], mode: str, exported: 
             inside = [*(vision if kind.image else ()), *with_cache(geometry)]
             found |= {("engine", name + end): inside for end in (("", SHARP) if exported else ("",))}
             found["tokens", name] = ["tokens"]
+    for (rung, name), seams in found.items():
+        if by_sketch and rung in SKETCHED and name in cases:
+            seams.append(NOT_IN_SKETCH)
     return found

@@ -19,6 +19,7 @@ from harness.metrics import Distance
 from harness.plan import SHARP, Kind, planned
 from harness.policy import Policy
 from harness.run import Run
+from harness.sketch import Estimate
 from harness.verdict import Outcome, Verdict
 
 FP16_MAX = 65504.0
@@ -64,7 +65,8 @@ def missing(run: Run) -> Iterator[str]:
     exported = subject.get("exported", any(verdict.case.endswith(SHARP) for verdict in run.verdicts))
     if not any(kind.engine for kind in kinds.values()):
         yield "no case was run on the engine"
-    plan = planned(geometry, kinds, str(subject.get("mode")), bool(exported))
+    by_sketch = "sketch_of" in _table(subject.get("oracle"))
+    plan = planned(geometry, kinds, str(subject.get("mode")), bool(exported), by_sketch)
     counted = Counter((verdict.rung, verdict.case, verdict.seam) for verdict in run.verdicts)
     yield from (f"{rung}[{case}-{seam}] stands {count} times in the record, a rung answers once"
                 for (rung, case, seam), count in counted.items() if count > 1)
@@ -150,14 +152,12 @@ def _again(run: Run, bounds: Bounds, verdict: Verdict) -> Verdict | None:
         largest = verdict.figures.get("largest") if verdict.metric == "fraction" else None
         value = max(map(float, largest.values())) / FP16_MAX if largest else verdict.value
         return _single(verdict, value, bounds.limit(verdict.rung, verdict.metric, verdict.seam, key))
-    measured = {way: {region: _distance(figures) for region, figures in regions.items()}
+    measured = {way: {region: (_estimate if figures.get("by") == "sketch" else _distance)(figures) for region, figures in regions.items()}
                 for way, regions in verdict.figures.items()}
     limits = bounds.at(verdict.rung, verdict.seam, key)
     if not measured or not limits:
         return None
     return decide(verdict.rung, verdict.case, verdict.seam, measured, limits)
-
-
 
 
 def _engine(run: Run, verdict: Verdict) -> str:
@@ -217,3 +217,15 @@ def _distance(figures: Mapping[str, Any]) -> Distance:
     if read["candidate_nonfinite"] and math.isfinite(read["rel_l2"]):
         raise HarnessError("values are not finite, and yet their distance is")
     return Distance(**read)
+
+
+def _estimate(figures: Mapping[str, Any]) -> Estimate:
+    """An Estimate from its record. Raises HarnessError for an interval that no sketch gives."""
+    low, high = ({name: float(value) for name, value in figures[end].items()} for end in ("low", "high"))
+    read = {name: float(figures[name]) for name in ("rel_l2", "worst_token", "norm_drift", "cosine_gap")}
+    wrong = [name for name in low if name not in high or not 0 <= low[name] <= high[name]]
+    wrong += [name for name, value in read.items() if name in low and not low[name] <= value <= high[name]]
+    if wrong or set(low) != set(high):
+        raise HarnessError(f"its interval of {wrong[0] if wrong else 'a figure'} is none that a sketch gives")
+    return Estimate(**read, worst_token_at=int(figures["worst_token_at"]), low=low, high=high,
+                    candidate_nonfinite=int(figures["candidate_nonfinite"]), tokens=int(figures["tokens"]), degenerate=False)

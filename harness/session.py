@@ -110,10 +110,12 @@ def describe(subject: Subject, run: Run) -> None:
 
 
 def oracle_row(oracle: Oracle) -> dict[str, Any]:
-    """Digest of the oracle, and what it was recorded with; its checkpoint is named beside it."""
+    """Digest of the oracle, and what it was recorded with; its checkpoint is named beside it. Of a sketch also the
+    digest of the oracle that it stands for."""
     identity = oracle.identity.record()
     kept = ("revision", "device", "attention", "dtype", "transformers", "torch")
-    return {"digest": oracle.digest, "identity": {name: identity[name] for name in kept}}
+    row = {"digest": oracle.digest, "identity": {name: identity[name] for name in kept}}
+    return row if oracle.exact else {**row, "sketch_of": oracle.of}
 
 
 def speed(subject: Subject) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from harness.geometry import Geometry
 from harness.options import Options, factory_of, readable
 from harness.policy import Policy, load_policy
 from harness.shipped import Shipped
-from harness.store import Oracle, OracleCase
+from harness.store import Oracle, OracleCase, open_oracle
 from harness.trace import Trace, decoder_seams, vision_seams
 
 if TYPE_CHECKING:
@@ -93,12 +93,17 @@ class Subject:
     def oracle(self) -> Oracle:
         """The oracle given, or one recorded (or resumed) now."""
         if self.options.oracle is not None:
-            return Oracle.open(self.options.oracle, self.checkpoint.digest, self.geometry.record())
+            return open_oracle(self.options.oracle, self.checkpoint.digest, self.geometry.record())
         from harness.oracle import record
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
                       device=self.options.device,
                       progress=lambda what, done, total: self.progress("record", done, total))
+
+    @property
+    def by_sketch(self) -> bool:
+        """Whether a sketch stands for the oracle."""
+        return self.options.oracle is not None and not self.oracle.exact
 
     @property
     def has_oracle(self) -> bool:

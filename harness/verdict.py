@@ -22,14 +22,14 @@ class Outcome(str, Enum):
 
 # A FAIL is knowledge and an ERROR the lack of it, so FAIL is worse: a run that found a fault must say so
 # even where another rung could not be measured.
-_SEVERITY = {Outcome.PASS: 0, Outcome.SKIP: 1, Outcome.ERROR: 2, Outcome.FAIL: 3}
+SEVERITY = {Outcome.PASS: 0, Outcome.SKIP: 1, Outcome.ERROR: 2, Outcome.FAIL: 3}
 _EXIT = {Outcome.PASS: ExitCode.PASS, Outcome.SKIP: ExitCode.UNDECIDED,
          Outcome.ERROR: ExitCode.UNDECIDED, Outcome.FAIL: ExitCode.FAIL}
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
     """The outcome of a whole; nothing compared is an ERROR, never a PASS."""
-    return max(outcomes, key=_SEVERITY.__getitem__, default=Outcome.ERROR)
+    return max(outcomes, key=SEVERITY.__getitem__, default=Outcome.ERROR)
 
 
 def exit_code(outcome: Outcome) -> ExitCode:

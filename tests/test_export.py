@@ -24,11 +24,12 @@ from harness.engines import Request  # noqa: E402
 from harness.engines.coreai import CoreAIEngine  # noqa: E402
 from harness.engines.torch_graph import TorchGraph  # noqa: E402
 from harness.errors import HarnessError  # noqa: E402
-from harness.export import bundles, export, folder, program  # noqa: E402
-from harness.export.quantizer import Widened, quantize, stored, widen  # noqa: E402
-from harness.graph.quantize import (RECIPES, Scheme, dequantize, expected_codes, planned_weights,  # noqa: E402
-                                    storage_plan, twin_weights)
-from harness.graph.reference import EMBEDDING, HEAD, TEXT, Reference, build_towers  # noqa: E402
+from harness.export import bundles, export, folder, program, room  # noqa: E402
+from harness.export.hollow import hollow_decoder, hollow_vision  # noqa: E402
+from harness.export.quantizer import Widened  # noqa: E402
+from harness.export.values import CheckpointValues  # noqa: E402
+from harness.graph.quantize import RECIPES, Scheme, expected_codes, storage_plan, twin_weights  # noqa: E402
+from harness.graph.reference import EMBEDDING, HEAD, Reference  # noqa: E402
 from harness.trace import decoder_seams, vision_seams  # noqa: E402
 
 GRID, CONTEXT, LAYERS = (4, 6), 32, 3
@@ -111,7 +112,7 @@ def test_the_bundles_are_named_and_described_as_the_contract_says(shipped, check
 def test_a_snapshot_of_the_hub_cache_gives_its_id(checkpoint, tmp_path):
     root = tmp_path / "models--Qwen--Qwen3-VL-2B-Instruct" / "snapshots" / "0123abcd"
     shutil.copytree(checkpoint.root, root)
-    made = bundles.Exporter(Checkpoint(root), tmp_path, "fp16", GRID, CONTEXT, "fp16", None, False, print)
+    made = bundles.Exporter(Checkpoint(root), tmp_path, "fp16", GRID, CONTEXT, "fp16", None, False, tmp_path, print)
     assert bundles.model_id(made.checkpoint) == "Qwen/Qwen3-VL-2B-Instruct"
     assert made.result.decoder.name == "qwen3_vl_2b_instruct_decode_fp16_s1"
 
@@ -169,50 +170,48 @@ def test_the_shipped_bundle_is_near_the_twin(shipped, checkpoint, request_, twin
     assert 1e-6 < relative(got["logits"], twin_trace["logits"]) < 0.05
 
 
-def towers(checkpoint: Checkpoint, mode: str):
+def towers(checkpoint: Checkpoint, mode: str, dtype: torch.dtype = torch.float16):
+    """Recipe, values, and both hollow towers: (vision, its pending), (decoder, its pending, quantized Linears)."""
     recipe = RECIPES[mode]
-    weights = {name: weight for name, weight, _ in planned_weights(checkpoint, recipe)}
-    return recipe, build_towers(recipe.geometry(checkpoint.geometry), GRID, weights)
+    values = CheckpointValues(checkpoint, recipe, GRID)
+    geometry = recipe.geometry(checkpoint.geometry)
+    return recipe, values, hollow_vision(geometry, GRID, values, dtype), \
+        hollow_decoder(geometry, (GRID[0] // 2, GRID[1] // 2), recipe, values, dtype)
 
 
 @pytest.mark.parametrize("mode", RECIPES)
 def test_a_tied_checkpoint_is_quantized_as_planned(mode, tmp_path):
     tied = Checkpoint(write_checkpoint(tmp_path, tied=True, layers=LAYERS, dtype="bfloat16"))
-    recipe, (_, decoder) = towers(tied, mode)
-    count = quantize(decoder, recipe)
+    recipe, values, _, (decoder, pending, count) = towers(tied, mode)
     plan = {name: how for name, how in storage_plan(tied.geometry, recipe).items() if isinstance(how, Scheme)}
     assert count == len(plan) == {"fp16": 0, "int8lin": 7 * LAYERS, "int8hu": 7 * LAYERS + 1}[mode]
     for name, how in plan.items():
-        linear = decoder.get_submodule(name.removeprefix(TEXT).removesuffix(".weight"))
         codes, scale = expected_codes(tied.tensor(EMBEDDING if name == HEAD else name), how)
-        assert torch.equal(stored(linear)[0], codes) and torch.equal(stored(linear)[1], scale)
-    assert torch.equal(decoder.embed_tokens.weight, tied.tensor(EMBEDDING).half())
+        like = torch.empty(0)
+        assert torch.equal(values.codes(name, how, "quantized_data", like), codes)
+        assert torch.equal(values.codes(name, how, "scale", like), scale)
+    assert torch.equal(pending.value(decoder.embed_tokens.weight), tied.tensor(EMBEDDING).half())
     assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == (mode != "int8hu")
 
 
-def test_widening_keeps_every_number(checkpoint):
-    recipe, (vision, decoder) = towers(checkpoint, "int8hu")
-    quantize(decoder, recipe)
-    widen(decoder), widen(vision)
-    assert isinstance(decoder.lm_head, Widened) and decoder.norm.weight.dtype == torch.float32
-    codes, scale = stored(decoder.layers[1].mlp.up_proj.linear)
-    assert scale.dtype == torch.float16
-    x = torch.randn(2, checkpoint.geometry.hidden)
-    assert torch.equal(decoder.layers[1].mlp.up_proj(x), nn.functional.linear(x, dequantize(codes, scale).float()))
-    assert {parameter.dtype for parameter in vision.parameters()} == {torch.float32}
+def test_the_sharp_twin_widens_every_number(checkpoint):
+    _, _, (vision, seen), (decoder, pending, _) = towers(checkpoint, "int8hu", torch.float32)
+    assert isinstance(decoder.lm_head, Widened)
+    norm, right = pending.value(decoder.norm.weight), checkpoint.tensor("model.language_model.norm.weight")
+    assert norm.dtype == torch.float32 and torch.equal(norm, right.half().float())
+    assert seen.value(vision.positions).dtype == torch.float32
 
 
 def test_a_linear_that_coreai_opt_skips_is_an_error_and_leaves_nothing(tmp_path):
     odd = Checkpoint(write_checkpoint(tmp_path / "odd", layers=LAYERS, hidden_size=72))
-    with pytest.raises(HarnessError, match=r"layers\.0\.self_attn\.q_proj\.weight: coreai-opt left it in fp16 under "
-                                           r"'int8lin': its 72 input features are no multiple of 32"):
+    with pytest.raises(HarnessError, match=r"layers\.0\.self_attn\.q_proj\.weight: coreai-opt would leave it in fp16: "
+                                           r"its 72 input features are no multiple of 32"):
         export(odd, tmp_path / "out", "int8lin", grid=GRID, context=CONTEXT)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_cutting_the_seams_off_leaves_the_plain_program(checkpoint, monkeypatch):
-    recipe, (vision, decoder) = towers(checkpoint, "int8hu")
-    quantize(decoder, recipe)
+    _, _, (vision, _), (decoder, _, _) = towers(checkpoint, "int8hu")
 
     def both(trace: Callable) -> None:
         cut = trace()
@@ -248,7 +247,7 @@ def operations(traced: program.Program) -> list[str]:
 
 
 def test_an_existing_bundle_is_refused_before_any_work(shipped, checkpoint, monkeypatch):
-    monkeypatch.setattr(bundles, "planned_weights", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(bundles, "CheckpointValues", lambda *_: pytest.fail("work was done"))
     before = Bundle.open(shipped.decoder).digest
     with pytest.raises(HarnessError, match="is already there; give --overwrite"):
         export(checkpoint, shipped.decoder.parent, "int8hu", grid=GRID, context=CONTEXT)
@@ -292,7 +291,7 @@ class Empty:
 
 
 def test_a_full_disk_is_one_sentence(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(HarnessError, match=r"needs about \d+\.\d GiB of disk, 0\.0 GiB are free"):
         export(checkpoint, tmp_path, "fp16", grid=GRID, context=CONTEXT)
     target = tmp_path / "bundle"

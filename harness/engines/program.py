@@ -99,27 +99,42 @@ class Weight:
         blocks = [size // count for size, count in zip(self.data.shape, self.scale.shape) if size != count]
         return f"{self.data.dtype} x {self.scale.dtype}/{'x'.join(map(str, blocks)) or 'tensor'}"
 
-    def rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start .. stop of axis 0 as the program computes them: scale * (codes - offset) + bias in scale's dtype.
+    def rows(self, start: int = 0, stop: int | None = None, columns: int | None = None) -> np.ndarray:
+        """Rows start .. stop of axis 0, and the first `columns` of the last axis, as the program computes them:
+        scale * (codes - offset) + bias in scale's dtype.
 
         Source: docstring of `blockwise_shift_scale` in Core AI's dialect. Each scale serves a block of
         data.shape / scale.shape elements.
         """
         stop = self.shape[0] if stop is None else stop
-        codes = self.data.array[start:stop]
+        codes = self.data.array[start:stop, ..., :columns] if len(self.shape) > 1 else self.data.array[start:stop]
         if self.scale is None:
             return codes
         held = self.scale.array.dtype
-        wide = codes.astype(held) - self._spread(self.offset, start, stop).astype(held)
-        return self._spread(self.scale, start, stop) * wide + self._spread(self.bias, start, stop)
+        wide = codes.astype(held) - self._spread(self.offset, start, stop, columns).astype(held)
+        return self._spread(self.scale, start, stop, columns) * wide + self._spread(self.bias, start, stop, columns)
 
-    def _spread(self, part: Constant, start: int, stop: int) -> np.ndarray:
+    def digits(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Codes and scales of rows start .. stop as they are stored; None for a table that is no matrix of int8 codes
+        with scales along its rows, or has offsets."""
+        if self.scale is None or len(self.shape) != 2 or self.scale.shape[0] != self.shape[0] or self._shifted:
+            return None
+        return self.data.array[start:stop], self.scale.array[start:stop]
+
+    @cached_property
+    def _shifted(self) -> bool:
+        return any(bool(part.array.any()) for part in (self.offset, self.bias))
+
+    def _spread(self, part: Constant, start: int, stop: int, columns: int | None) -> np.ndarray:
         array = part.array
         first = self.shape[0] // part.shape[0]
         array = np.repeat(array[start // first:-(-stop // first)], first, axis=0)[start % first:][:stop - start]
         for axis in range(1, array.ndim):
-            array = np.repeat(array, self.shape[axis] // part.shape[axis], axis=axis)
-        return array
+            block = self.shape[axis] // part.shape[axis]
+            if axis == array.ndim - 1 and columns is not None:
+                array = array[..., :-(-columns // block)]
+            array = np.repeat(array, block, axis=axis)
+        return array[..., :columns] if array.ndim > 1 else array
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,15 @@ from harness.bundle import LANGUAGE, VISION, metadata
 from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError, Undecided
 from harness.export.convert import save_asset
-from harness.export.folder import check_room, copy_tokenizer, refuse, tokenizer_files, whole, write_metadata
+from harness.export.folder import clear_away, copy_tokenizer, refuse, tokenizer_files, whole, write_metadata
+from harness.export.hollow import hollow_decoder, hollow_vision
 from harness.export.program import Program, trace_decoder, trace_vision
-from harness.export.quantizer import quantize, widen
+from harness.export.room import Room, check_room, scratch
 from harness.export.seams import find_entries, write_seams
-from harness.graph.decoder import Decoder
-from harness.graph.quantize import RECIPES, Recipe, planned_weights
-from harness.graph.reference import build_towers
-from harness.graph.vision import Vision
+from harness.export.values import CheckpointValues
+from harness.graph.quantize import RECIPES, Recipe
 
 MODEL_DEFINITION = "Qwen3VLForConditionalGeneration"
-ROOM = 3
-"""Times the weights that an export may have on disk at once: the asset, its DEBUG twin, the converter's own copy."""
 Say = Callable[[str], None]
 Indexed = tuple[Path, dict[str, Any]]
 """An asset, and the entries of its seam index."""
@@ -70,25 +67,30 @@ class ExportResult:
 
 def export(checkpoint: Checkpoint, out_dir: Path, mode: str, *, grid: tuple[int, int] = (28, 28), context: int = 512,
            dynamic: bool = False, activations: str = "fp16", vision: bool = True, name: str | None = None,
-           overwrite: bool = False, progress: Say | None = None) -> ExportResult:
+           overwrite: bool = False, tmp: Path | None = None, progress: Say | None = None) -> ExportResult:
     """Quantize, convert and write `<name>_decode_<mode>_s1/`, with `dynamic` also `<name>_decode_<mode>/`, and
     `<name>_vision/` below `out_dir`, and beside them `<decoder>.seams.json`.
 
     mode: fp16, int8lin or int8hu. grid: rows and columns of patches. context: slots of the KV cache, tokens.
     activations "fp32" makes the sharp twin: weights, codes and scales bit for bit as shipped, arithmetic in float32;
-    its names have `_fp32` after the mode. name: of the model, by default the checkpoint's.
-    Raises HarnessError for an unknown mode, a target that is there, a weight that coreai-opt would skip, a full disk;
-    nothing half-written stays behind.
+    its names have `_fp32` after the mode. name: of the model, by default the checkpoint's. tmp: where temporary files
+    go, by default TMPDIR.
+
+    Weights are made one at a time from the mapped checkpoint while a program is converted, and none is kept: memory
+    holds the converter's constants below 32 MiB, larger ones lie in its files in `tmp`.
+    Raises HarnessError for an unknown mode, a target that is there, a weight that coreai-opt would skip, a disk too
+    small or full; nothing half-written stays behind, and what a killed export left is removed by the next one.
     """
-    return Exporter(checkpoint, Path(out_dir), mode, grid, context, activations, name, overwrite,
-                    progress or (lambda text: None)).run(dynamic=dynamic, vision=vision)
+    with scratch(tmp) as folder:
+        return Exporter(checkpoint, Path(out_dir), mode, grid, context, activations, name, overwrite, folder,
+                        progress or (lambda text: None)).run(dynamic=dynamic, vision=vision)
 
 
 class Exporter:
-    """One export; see `export`."""
+    """One export; see `export`. scratch: an empty folder of its own for temporary files."""
 
     def __init__(self, checkpoint: Checkpoint, out_dir: Path, mode: str, grid: tuple[int, int], context: int,
-                 activations: str, name: str | None, overwrite: bool, say: Say) -> None:
+                 activations: str, name: str | None, overwrite: bool, scratch: Path, say: Say) -> None:
         for what, value, known in (("mode", mode, RECIPES), ("activations", activations, ("fp16", "fp32"))):
             if value not in known:
                 raise HarnessError(f"{value!r} is not known", where=what, fix=f"known are {', '.join(known)}")
@@ -97,7 +99,7 @@ class Exporter:
                                where="context")
         self.checkpoint, self.geometry, self.out_dir = checkpoint, checkpoint.geometry, out_dir
         self.recipe: Recipe = RECIPES[mode]
-        self.grid, self.context, self.overwrite, self.say = grid, context, overwrite, say
+        self.grid, self.context, self.overwrite, self.scratch, self.say = grid, context, overwrite, scratch, say
         self.wide = activations == "fp32"
         self.dtype = torch.float32 if self.wide else torch.float16
         self.model = name or model_id(checkpoint).rpartition("/")[2]
@@ -113,17 +115,13 @@ class Exporter:
         result.dynamic = self._target(f"decode_{self.recipe.name}") if dynamic else None
         result.vision = self._target("vision") if vision else None
         self._prepare()
-        with self._stage("load"):
-            tower, decoder = self._towers()
-        with self._stage("quantize"):
-            result.quantized = quantize(decoder, self.recipe)
-        if self.wide:
-            tower, decoder = widen(tower), widen(decoder)
+        with self._stage("check names and shapes"):
+            self.values = CheckpointValues(self.checkpoint, self.recipe, self.grid)
         with ExitStack() as self.drafts:
-            parts = {"vision": self._vision(tower, result.vision)} if result.vision else {}
+            parts = {"vision": self._vision(result.vision)} if result.vision else {}
             if result.dynamic:
-                self._decoder(decoder, result.dynamic, dynamic=True)
-            parts["decoder"] = self._decoder(decoder, result.decoder)
+                self._decoder(result.dynamic, dynamic=True)
+            parts["decoder"] = self._decoder(result.decoder)
         write_seams(result.decoder, parts)
         return result
 
@@ -136,22 +134,28 @@ class Exporter:
         except OSError as error:
             raise HarnessError(f"cannot be made ({error.strerror})", where=self.out_dir,
                                fix="give another --out") from error
+        for target in targets:
+            clear_away(target)
         tokenizer_files(self.checkpoint)
-        weights = sum(path.stat().st_size for path in self.checkpoint.root.glob("*.safetensors"))
-        check_room(self.out_dir, ROOM * weights)
+        room = Room.of(self.geometry, self.recipe, self.grid, self.dtype, decoders=1 + bool(self.result.dynamic),
+                       vision=bool(self.result.vision))
+        self.say(f"export: {room.describe(self.out_dir, self.scratch)}")
+        check_room(room, self.out_dir, self.scratch)
 
-    def _towers(self) -> tuple[Vision, Decoder]:
-        weights = {name: weight for name, weight, _ in planned_weights(self.checkpoint, self.recipe)}
-        return build_towers(self.recipe.geometry(self.geometry), self.grid, weights)
-
-    def _vision(self, tower: Vision, target: Path) -> Indexed:
+    def _vision(self, target: Path) -> Indexed:
+        tower, pending = hollow_vision(self.geometry, self.grid, self.values, self.dtype)
         with self._stage("trace vision"):
             program = trace_vision(tower, self.geometry, self.dtype)
+        program.pending = pending
         return self._write(target, program, {"kind": VISION})
 
-    def _decoder(self, tower: Decoder, target: Path, dynamic: bool = False) -> Indexed:
+    def _decoder(self, target: Path, dynamic: bool = False) -> Indexed:
+        geometry = self.recipe.geometry(self.geometry)
+        merged = tuple(side // geometry.merge for side in self.grid)
+        tower, pending, self.result.quantized = hollow_decoder(geometry, merged, self.recipe, self.values, self.dtype)
         with self._stage("trace decoder"):
-            program = trace_decoder(tower, self.geometry, self.context, self.dtype, dynamic=dynamic)
+            program = trace_decoder(tower, geometry, self.context, self.dtype, dynamic=dynamic)
+        program.pending = pending
         if dynamic:
             program.nodes.clear()  # the runtime does not hand out inner values whose shape is dynamic
         return self._write(target, program, {"kind": LANGUAGE, "vocab_size": self.geometry.vocab,
@@ -175,7 +179,7 @@ class Exporter:
     def _entries(self, program: Program, target: Path) -> dict[str, Any]:
         try:
             with self._stage("seams"):
-                entries = find_entries(program, self.out_dir)
+                entries = find_entries(program, self.scratch)
         except Undecided as error:
             self.result.notes.append(f"{target.name} has no seam index: {error}")
             return {}

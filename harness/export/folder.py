@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ def whole(target: Path, overwrite: bool) -> Iterator[Path]:
     does not (Ctrl-C included). Raises HarnessError where the disk refuses."""
     refuse(target, overwrite)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    held = hold(draft)
     try:
         os.chmod(draft, 0o777 & ~_umask())
         yield draft
@@ -35,6 +38,35 @@ def whole(target: Path, overwrite: bool) -> Iterator[Path]:
                            fix="free some disk space, or give another --out") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(held)
+
+
+def hold(folder: Path) -> int:
+    """Lock a folder while this process lives, however it ends; the handle to close."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def clear_away(target: Path) -> None:
+    """Remove the drafts of `target` that a killed process left behind; those of a living one are locked, and stay."""
+    for draft in target.parent.glob(f".{glob.escape(target.name)}-*"):
+        remove_stale(draft)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove a folder that no living process holds."""
+    try:
+        handle = hold(folder)
+    except OSError:  # held, or gone meanwhile, or not ours: none of it is ours to remove
+        return
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def refuse(target: Path, overwrite: bool) -> None:
@@ -82,11 +114,3 @@ def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     target.mkdir()
     for path in tokenizer_files(checkpoint):
         shutil.copyfile(path, target / path.name)
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Raises HarnessError where the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise HarnessError(f"the export needs about {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free",
-                           where=folder, fix="free some space, or give another --out")

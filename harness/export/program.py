@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import coreai_torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from harness.export.hollow import Pending
 from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
 from harness.graph.protocol import untapped
@@ -41,13 +42,14 @@ class Node:
 
 @dataclass
 class Program:
-    """An exported program after decompositions, and the node of each seam in it."""
+    """An exported program after decompositions, the node of each seam in it, and how its hollow weights are made."""
 
     exported: ExportedProgram
     inputs: tuple[str, ...]
     states: tuple[str, ...]
     outputs: tuple[str, ...]
     nodes: dict[str, Node]
+    pending: Pending = field(default_factory=Pending)
 
     @property
     def operations(self) -> int:

@@ -28,8 +28,8 @@ from harness.graph.vision import Vision
 FP16 = "fp16"
 LEAST_SCALE = 2.0**-23
 """The float32 epsilon: coreai-opt's floor for a scale, so that a block of zeros has one."""
-ROWS = 1 << 13
-"""Rows quantized at a time: bounds what a 150 k vocabulary holds in float32."""
+BLOCK = 1 << 18
+"""Weights quantized at a time: 1 MiB of float32, which a processor's cache holds."""
 _BODY = re.compile(re.escape(TEXT) + r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 
 
@@ -87,7 +87,8 @@ def expected_codes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if weight.shape[1] % scheme.block:
         raise HarnessError(f"{weight.shape[1]} input features are no multiple of the block {scheme.block}",
                            fix="export this checkpoint as fp16")
-    parts = [_quantize(rows, scheme) for rows in weight.split(ROWS)]
+    rows = max(1, BLOCK // weight.shape[1])
+    parts = [_quantize(part, scheme) for part in weight.split(rows)]
     codes, scales = zip(*parts)
     return torch.cat(codes), torch.cat(scales)
 
@@ -121,10 +122,17 @@ def twin_weights(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Tensor]:
 
 def planned_weights(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, Tensor, Scheme | None]]:
     """Name, fp16 weight and scheme of every tensor an export starts from, one at a time."""
-    for name, weight in checkpoint.tensors():
-        yield name, to_fp16(name, weight), recipe.scheme(name)
+    for name, source, scheme in planned_names(checkpoint, recipe):
+        yield name, to_fp16(name, checkpoint.tensor(source)), scheme
+
+
+def planned_names(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, str, Scheme | None]]:
+    """Name, the checkpoint tensor that it is made of, and scheme: a head that is quantized is one of its own, though the
+    checkpoint ties it to the embedding."""
+    for name in checkpoint.names():
+        yield name, name, recipe.scheme(name)
     if checkpoint.geometry.tied and recipe.head and HEAD not in checkpoint.names():
-        yield HEAD, to_fp16(HEAD, checkpoint.tensor(EMBEDDING)), recipe.head
+        yield HEAD, EMBEDDING, recipe.head
 
 
 def _codes(name: str, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

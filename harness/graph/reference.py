@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def checkpoint_name(prefix: str, name: str) -> str:
 def build_towers(geometry: Geometry, grid: tuple[int, int], weights: Mapping[str, Tensor]) -> tuple[Vision, Decoder]:
     """Both towers with the checkpoint's weights, by checkpoint name; every tensor is consumed, none invented."""
     weights = _resolve_head(dict(weights), geometry)
-    _expect_names(weights, geometry)
+    expect_names(weights, geometry)
     with torch.device("meta"):
         vision, decoder = Vision(geometry, grid), Decoder(geometry, (grid[0] // geometry.merge, grid[1] // geometry.merge))
     patch = weights.pop(PATCH)
@@ -99,19 +99,24 @@ def build_towers(geometry: Geometry, grid: tuple[int, int], weights: Mapping[str
 def _resolve_head(weights: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
     """A tied head may be stored again if it equals the embedding; an untied one must be there."""
     if geometry.tied and EMBEDDING in weights:
-        stored = weights.setdefault(HEAD, weights[EMBEDDING])
-        if not torch.equal(stored, weights[EMBEDDING]):
-            raise HarnessError("differs from the embedding, though the config says tie_word_embeddings", where=HEAD)
+        same_head(weights.setdefault(HEAD, weights[EMBEDDING]), weights[EMBEDDING])
     return weights
 
 
-def _expect_names(weights: Mapping[str, Tensor], geometry: Geometry) -> None:
+def same_head(head: Tensor, embedding: Tensor) -> None:
+    """Raises HarnessError where the head that a tied checkpoint stores is not its embedding."""
+    if not torch.equal(head, embedding):
+        raise HarnessError("differs from the embedding, though the config says tie_word_embeddings", where=HEAD)
+
+
+def expect_names(names: Collection[str], geometry: Geometry) -> None:
+    """Raises HarnessError where a tensor is missing, or has no place in the towers. `names` holds the head in any case."""
     with torch.device("meta"):
         side = 2 * geometry.merge
         vision, decoder = Vision(geometry, (side, side)), Decoder(geometry, (2, 2))
     expected = {VISION + name for name in vision.state_dict() if name != "positions"} | {POSITIONS, HEAD}
     expected |= {checkpoint_name(TEXT, name) for name in decoder.state_dict()}
-    missing, extra = sorted(expected - set(weights)), sorted(set(weights) - expected)
+    missing, extra = sorted(expected - set(names)), sorted(set(names) - expected)
     if missing:
         raise HarnessError(f"{len(missing)} tensors are missing from the checkpoint", where=missing[0])
     if extra:

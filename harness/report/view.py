@@ -66,6 +66,8 @@ def _cores(row: Mapping[str, Any]) -> str:
 
 def _identity(oracle: Mapping[str, Any]) -> Any:
     found = oracle.get("identity")
+    if isinstance(found, Mapping) and "sketch_of" in oracle:
+        found = {"JUDGED BY SKETCH, not by the whole record; of oracle": str(oracle["sketch_of"])[:12], **found}
     return " · ".join(f"{key} {value}" for key, value in found.items()) if isinstance(found, Mapping) else found
 
 

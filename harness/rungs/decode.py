@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from harness.engines import Request
+from harness.errors import Undecided
 from harness.greedy import greedy
 from harness.ladder import judge
 from harness.metrics import kl_divergence
 from harness.plan import cache_seams
+from harness.rungs import sketched
 from harness.rungs.contract import offset
 from harness.subject import Subject
 from harness.trace import Trace
@@ -24,7 +26,8 @@ NAME = "decode"
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     """The cache slot by slot in every layer, then what follows from it: KL over all positions, and tokens."""
-    return {case: (*cache_seams(subject.geometry.layers), "kl", "tokens") for case in subject.cases}
+    seams = (*cache_seams(subject.geometry.layers), "kl", "tokens", *sketched.lacking_seams(subject))
+    return dict.fromkeys(subject.cases, seams)
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
@@ -35,6 +38,11 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
     oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
+    if subject.by_sketch:
+        keys = _unturned(subject, case, oracle.only(seams))
+        return [*judge(NAME, case, seams, keys, {"": by_layer(trace)}, subject.bounds),
+                sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
+                sketched.greedy_by_top(NAME, case, subject, rows, tokens, trace["logits"], tie)]
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
@@ -47,10 +55,24 @@ def stepped(subject: Subject, case: str) -> Trace:
     return next(subject.graph(case, stepwise=True).run([request]))
 
 
+def _apart(subject: Subject, case: str) -> int:
+    """How many positions further the graph counts than the oracle, everywhere."""
+    planes = subject.graph_trace(case, "accumulated").get("decoder.positions")
+    return 0 if planes is None else offset(subject.recorded(case).positions, planes.T)
+
+
+def _unturned(subject: Subject, case: str, cache: Trace) -> Trace:
+    """A sketch of the oracle's keys cannot be turned: such a graph is judged by the whole oracle only."""
+    apart = _apart(subject, case)
+    if apart:
+        raise Undecided(f"the graph counts positions {apart} further than the oracle, and a sketch of keys cannot be turned",
+                        fix="judge it by the whole oracle")
+    return cache
+
+
 def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
     """The oracle's keys as a graph holds them whose positions are all a constant further: attention cannot tell."""
-    planes = subject.graph_trace(case, "accumulated").get("decoder.positions")
-    apart = 0 if planes is None else offset(subject.recorded(case).positions, planes.T)
+    apart = _apart(subject, case)
     if not apart:
         return cache
     geometry = subject.geometry

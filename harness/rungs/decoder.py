@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from harness.rungs import towers
+from harness.rungs.sketched import lacking_seams
 from harness.subject import Subject
 from harness.trace import decoder_seams
 from harness.verdict import Verdict
@@ -14,7 +15,7 @@ NAME = "decoder"
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     """All stream seams of the decoder, for every case."""
-    return {case: decoder_seams(subject.geometry) for case in subject.cases}
+    return {case: (*decoder_seams(subject.geometry), *lacking_seams(subject)) for case in subject.cases}
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:

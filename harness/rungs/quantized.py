@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from harness.greedy import greedy
 from harness.ladder import judge
+from harness.rungs import sketched
 from harness.rungs.decode import divergence
 from harness.subject import Subject
 from harness.trace import decoder_seams
@@ -16,7 +17,7 @@ NAME = "quantized"
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     """Every decoder seam, KL and tokens, for every case; the mode itself once."""
-    seams = (*decoder_seams(subject.geometry), "kl", "tokens")
+    seams = (*decoder_seams(subject.geometry), "kl", "tokens", *sketched.lacking_seams(subject))
     return {"mode": ("mode",), **{case: seams for case in subject.cases}}
 
 
@@ -33,8 +34,11 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens", mode)
     seams = decoder_seams(subject.geometry)
+    verdicts = judge(NAME, case, seams, recorded.trace, {"": trace.only(seams)}, subject.bounds, engine=mode,
+                     regions=subject.regions(case))
+    if subject.by_sketch:
+        return [*verdicts, sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
+                sketched.greedy_by_top(NAME, case, subject, rows, recorded.rollout.tokens, trace["logits"], tie)]
     oracle, price = recorded.trace["logits"], subject.bounds.limit(NAME, "kl", "kl", mode)
-    return [*judge(NAME, case, seams, recorded.trace, {"": trace.only(seams)}, subject.bounds, engine=mode,
-                   regions=subject.regions(case)),
-            divergence(NAME, case, oracle, trace["logits"], price),
+    return [*verdicts, divergence(NAME, case, oracle, trace["logits"], price),
             greedy(NAME, case, "tokens", recorded.rollout.tokens, oracle[rows], trace["logits"][rows], tie)]

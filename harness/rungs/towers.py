@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from harness.ladder import judge
+from harness.rungs import sketched
 from harness.subject import Subject, offered
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
@@ -16,7 +17,8 @@ def judge_tower(rung: str, subject: Subject, case: str, seams: Sequence[str]) ->
     """Verdicts at `seams`; those that the graph does not offer are SKIPs, which the policy may or may not excuse."""
     have, lacking = offered(subject, case, seams)
     recorded = subject.recorded(case)
-    ways = ("local", "accumulated") if subject.conversion(subject.grid(case)).injectable else ("accumulated",)
+    injectable = subject.conversion(subject.grid(case)).injectable and not subject.by_sketch
+    ways = ("local", "accumulated") if injectable else ("accumulated",)
     candidates = {way: subject.graph_trace(case, way).only(have) for way in ways}
     if len(ways) == 2 and _ignores_taps(candidates, recorded.trace, have):
         return [Verdict(rung, case, seam, Outcome.ERROR, "the graph says it is injectable and ignores what a tap returns")
@@ -24,7 +26,7 @@ def judge_tower(rung: str, subject: Subject, case: str, seams: Sequence[str]) ->
     verdicts = judge(rung, case, have, recorded.trace, candidates, subject.bounds,
                      regions=subject.regions(case)) if have else []
     return verdicts + [Verdict(rung, case, seam, Outcome.SKIP, "the graph under test does not offer this seam")
-                       for seam in lacking]
+                       for seam in lacking] + sketched.lacking(subject, rung, case, local=True)
 
 
 def _ignores_taps(candidates: Mapping[str, Trace], oracle: Mapping[str, np.ndarray], seams: Sequence[str]) -> bool:

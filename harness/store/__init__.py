@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from harness.store.identity import Identity, definition
 from harness.store.reader import Oracle, OracleCase
+from harness.store.sketches import open_oracle, write_sketch
 from harness.store.writer import CaseWriter, OracleWriter
 
-__all__ = ["CaseWriter", "Identity", "Oracle", "OracleCase", "OracleWriter", "definition"]
+__all__ = ["CaseWriter", "Identity", "Oracle", "OracleCase", "OracleWriter", "definition", "open_oracle",
+           "write_sketch"]

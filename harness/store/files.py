@@ -21,7 +21,7 @@ from harness.errors import HarnessError
 from harness.store.identity import AGAIN
 
 _TEMPORARY = ".tmp-"
-_DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64"}
+_DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8"}
 
 
 def safe_name(name: Any) -> str:

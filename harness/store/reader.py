@@ -27,7 +27,10 @@ INPUTS, ROLLOUT = "inputs", "rollout"
 
 
 class Oracle:
-    """An oracle on disk."""
+    """An oracle on disk. exact: it holds every value (a sketch of one does not)."""
+
+    manifest = "manifest.json"
+    exact = True
 
     def __init__(self, path: Path, identity: Identity, digests: Mapping[str, str]) -> None:
         self.path, self.identity, self._digests = path, identity, dict(digests)
@@ -40,9 +43,9 @@ class Oracle:
         where nobody vouches for the numbers, or holds no whole case.
         """
         path = Path(path)
-        if not (path / "manifest.json").is_file():
+        if not (path / cls.manifest).is_file():
             raise HarnessError("no oracle there", where=path, fix="make one with `harness record`")
-        identity = read_manifest(path / "manifest.json")
+        identity = read_manifest(path / cls.manifest)
         if checkpoint_digest is not None and identity.checkpoint_digest != checkpoint_digest:
             raise HarnessError(f"oracle from another checkpoint revision: recorded from {identity.checkpoint} at "
                                f"{identity.revision} with digest {identity.checkpoint_digest[:12]}, the checkpoint "
@@ -81,10 +84,13 @@ class Oracle:
         if name not in self._digests:
             raise HarnessError("the oracle has no such case", where=f"{self.path}: {name}",
                                fix=f"it has {', '.join(self.cases)}")
-        found = OracleCase(self.path / "cases" / name)
+        found = self._case(self.path / "cases" / name)
         if found.digest != self._digests[name]:
             raise HarnessError("the case was recorded anew since the oracle was opened", where=found.folder)
         return found
+
+    def _case(self, folder: Path) -> OracleCase:
+        return OracleCase(folder)
 
     def stale(self, case: Case) -> str | None:
         """Why the record no longer stands for this case (changed turns, decode length or image), or None."""
