@@ -98,13 +98,18 @@ class Node:
 
 @dataclass(frozen=True)
 class Function:
-    """A public function. outputs: name -> value, without states; states: handles, with the type of what they hold."""
+    """A public function. outputs: name -> value, without states; states: handles, with the type of what they hold.
+
+    names: FX node -> the value that is its output, where the program was converted in DEBUG mode; later outputs of one node
+    as `node.1`.
+    """
 
     name: str
     inputs: tuple[Value, ...]
     outputs: Mapping[str, Value]
     states: tuple[Value, ...]
     nodes: tuple[Node, ...]
+    names: Mapping[str, Value] = field(default_factory=dict)
 
     def constants(self) -> Iterator[Value]:
         """Constant operands, each once, in order of first use."""
@@ -181,4 +186,5 @@ def _function(row: Mapping[str, Any], constants: list[Constant]) -> Function:
     nodes = tuple(Node(op, pick(operands), pick(results), attributes, at, pick(scope, scopes), *rest)
                   for op, operands, results, attributes, at, scope, *rest in row["nodes"])
     outputs = {name: values[number] for name, number in row["outputs"]}
-    return Function(row["name"], pick(row["inputs"]), outputs, pick(row["states"]), nodes)
+    names = {name: values[number] for name, number in row["names"].items()}
+    return Function(row["name"], pick(row["inputs"]), outputs, pick(row["states"]), nodes, names)

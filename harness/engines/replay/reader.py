@@ -72,6 +72,8 @@ class Walk:
         self.values: list[list[Any]] = []
         self.nodes: list[list[Any]] = []
         self.scopes: list[list[Any]] = []
+        self.names: dict[str, int] = {}
+        """FX node -> the value that holds its output; a DEBUG program says so."""
         self._held: dict[int, int] = {}
         self._last: dict[int, Any] = {}
         """State -> the token of its last access, as Token; two states may begin with one token."""
@@ -95,7 +97,7 @@ class Walk:
                 raise HarnessError(f"the last write of state {self.values[state][2]} is not among the outputs, so it may "
                                    "be dropped")
         return {"name": self._name, "inputs": inputs, "states": states, "outputs": outputs, "values": self.values,
-                "nodes": self.nodes, "scopes": self.scopes}
+                "nodes": self.nodes, "scopes": self.scopes, "names": self.names}
 
     def _body(self, block: Any, known: dict[Any, Any], scope: tuple[int, ...], stack: tuple[str, ...]) -> list[Any]:
         """Follow a block; what its terminator hands back."""
@@ -119,6 +121,8 @@ class Walk:
             else:
                 results = self._node(name, operation, operands, scope)
             known.update(zip(operation.results, results, strict=True))
+            self.names |= {said: results[place] for said, place in _outputs_named(operation)
+                           if place < len(results) and isinstance(results[place], int)}
         raise HarnessError("a graph ends without an output", where=" > ".join(stack))
 
     def _node(self, name: str, operation: Any, operands: list[Any], scope: tuple[int, ...]) -> list[Any]:
@@ -214,6 +218,20 @@ def _op_id(operation: Any) -> int | None:
     """The number that the converter gave an operation: the last one in its location."""
     found = re.findall(r'"op_id": {type = "coreai", value = (\d+)', str(operation.location))
     return int(found[-1]) if found else None
+
+
+def _outputs_named(operation: Any) -> list[tuple[str, int]]:
+    """(FX node, number of the result) for every output of a torch operation that this operation's results are.
+
+    The last metadata of a location are the operation's own; those before belong to what was fused into it.
+    """
+    own = str(operation.location).rpartition("metadata = [")[2]
+    if '"output_maps"' not in own:
+        return []
+    sources = [re.findall(r'"([^"]+)"', listed) for listed in re.findall(r"identifiers = \[([^\]]*)\]", own)]
+    maps = re.findall(r'level = "torch", output = (\d+) : ui32}, target = {level = "coreai", output = (\d+)', own)
+    return [(name if number == "0" else f"{name}.{number}", int(target))
+            for listed in sources for name in listed for number, target in maps]
 
 
 def _symbol(graph: Any) -> str:

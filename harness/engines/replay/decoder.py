@@ -1,0 +1,112 @@
+"""A decoder's program as one conversation: tokens in, logits and tapped values out, the cache in between.
+
+A program of one token a call runs in layer-major order where its structure allows it: many tokens a pass, each weight
+dequantized once for all of them. A program of any count takes chunks; one of a fixed count (a prefill function) takes
+full chunks and leaves the rest to the one beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.engines.replay.compile import Compiled, Constants, compiled
+from harness.engines.replay.contract import STATES, Layout, layout
+from harness.engines.replay.plan import Kind
+from harness.engines.replay.program import Function, Value
+from harness.errors import HarnessError
+
+STEPS = {"input_ids": Kind.STACKED, "position_ids": Kind.LISTED}
+ORDERS = ("layers", "steps")
+
+
+class Decoder:
+    """A compiled decoder. order: `layers` or `steps`, for a program of one token a call; taps: seam -> value."""
+
+    def __init__(self, function: Function, constants: Constants, taps: Mapping[str, Value], order: str = "layers") -> None:
+        self.function, self.constants, self.taps, self.order = function, constants, taps, order
+        self.layout: Layout = layout(function)
+        self._compiled: dict[tuple[bool, bool], Compiled] = {}
+
+    def step(self, tapped: bool = False) -> Compiled:
+        """One call of the program as it stands."""
+        return self._get(False, tapped)
+
+    def layers(self, tapped: bool = False) -> Compiled:
+        """Many calls in layer-major order. Raises HarnessError where the structure does not allow it."""
+        return self._get(True, tapped)
+
+    def _get(self, stacked: bool, tapped: bool) -> Compiled:
+        if (stacked, tapped) not in self._compiled:
+            self._compiled[stacked, tapped] = compiled(self.function, self.constants, steps=STEPS if stacked else None,
+                                                       taps=self.taps if tapped else None)
+        return self._compiled[stacked, tapped]
+
+
+class Conversation:
+    """A cache and the count of tokens in it. fixed: the inputs besides ids and positions, as tensors."""
+
+    def __init__(self, decoder: Decoder, fixed: Mapping[str, Tensor], context: int | None) -> None:
+        self.decoder, self.length, self.calls = decoder, 0, 0
+        names = {value.name for value in decoder.function.inputs}
+        if "image_embeds" in fixed and "image_embeds" not in names:
+            raise HarnessError("the request has an image, but the decoder has no input image_embeds",
+                               fix="run its text cases only")
+        self.context = decoder.layout.context or context
+        if self.context is None:
+            raise HarnessError("leaves the length of its cache open", fix="give the context of the bundle's metadata")
+        step = decoder.step()
+        self.states = step.new_states(dict.fromkeys(STATES, self.context))
+        held = {value.name: step.arithmetic.held(value.dtype) for value in decoder.function.inputs}
+        self.fixed = {name: fixed[name].to(step.device, held[name]) if name in fixed else
+                      torch.zeros(_shape(value), dtype=held[name], device=step.device)
+                      for value in decoder.function.inputs if (name := value.name) not in STEPS}
+
+    def feed(self, ids: np.ndarray, tapped: bool = False, chunk: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [S, V] and tapped values [S, ...] of ids [S]; chunk: tokens a call or a pass takes at most.
+
+        Raises HarnessError where the cache would be too short.
+        """
+        if self.length + len(ids) > self.context:
+            raise HarnessError(f"{self.length + len(ids)} tokens are fed, the cache has {self.context} slots")
+        per_call = self.decoder.layout.tokens
+        stacked = per_call == 1 and self.decoder.order == "layers" and len(ids) > 1
+        size = (chunk or len(ids)) if stacked or per_call is None else per_call
+        if len(ids) % size and per_call not in (1, None):
+            raise HarnessError(f"{len(ids)} tokens are no multiple of the {size} that a call takes")
+        parts = [self._call(ids[start:start + size], stacked, tapped) for start in range(0, len(ids), size)]
+        taps = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
+        return torch.cat([part[0] for part in parts]), taps
+
+    def _call(self, ids: np.ndarray, stacked: bool, tapped: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        run = self.decoder.layers(tapped) if stacked else self.decoder.step(tapped)
+        given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int32)).to(run.device)
+        before, self.length = self.length, self.length + len(ids)
+        ramp = torch.arange(self.length, dtype=torch.int32, device=run.device)[None]
+        self.calls += 1
+        if stacked:
+            places: Any = [ramp[:, :total] for total in range(before + 1, self.length + 1)]
+            outputs, taps = run(self.states, input_ids=given[:, None, None], position_ids=places, **self.fixed)
+            return outputs["logits"][:, 0, -1], {name: _rows(value, len(ids)) for name, value in taps.items()}
+        outputs, taps = run(self.states, input_ids=given[None], position_ids=ramp, **self.fixed)
+        return outputs["logits"][0], {name: _rows(value, len(ids)) for name, value in taps.items()}
+
+    def kv(self) -> dict[str, Tensor]:
+        """`kv.keys` and `kv.values` [L, kv_heads, T, head_dim], as they are held."""
+        return {f"kv.{part}": self.states[name][:, 0, :, :self.length]
+                for part, name in zip(("keys", "values"), STATES)}
+
+
+def _rows(value: Tensor, tokens: int) -> Tensor:
+    """[tokens, everything else], copied: later calls may write where the value lies."""
+    return value.reshape(tokens, -1).clone()
+
+
+def _shape(value: Value) -> tuple[int, ...]:
+    if None in value.shape:
+        raise HarnessError(f"input {value.name} leaves its length open")
+    return tuple(size for size in value.shape if size is not None)
