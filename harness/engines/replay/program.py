@@ -83,8 +83,7 @@ class Node:
 
     at: its number in program order, calls and what they call included, constants not. `read_handle` takes the state and
     gives its value, `write_handle` takes the state and the value. scope: calls that it stands in, outermost first.
-    regions: count of its regions, whose operations are not listed. op_id: the converter's own number, where it is kept:
-    the place of the operation in the file, counted from 1.
+    regions: count of its regions, whose operations are not listed. op_id: the converter's own number, where it is kept.
     """
 
     op: str
@@ -165,6 +164,8 @@ def _constant(row: list[Any], held: np.ndarray | None, blobs: Mapping[str, Blob]
             if blob.size != needed:
                 raise HarnessError(f"holds {blob.size} bytes, {spelled}{list(shape)} needs {needed}", where=resource)
             held = mapped[blob.offset:blob.offset + blob.size].view(dtype).reshape(shape)
+    elif held is not None:  # one element stands for all; a number travels as an array of one
+        held = held.reshape([1] * len(shape) if held.size == 1 else shape)
     return Constant(spelled, shape, resource, blob, held)
 
 
