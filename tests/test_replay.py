@@ -141,7 +141,7 @@ def test_a_value_handed_out_is_not_overwritten_later(program: Program):
 
 def test_the_source_can_be_read(program: Program):
     source = compiled(program.main, Constants(Fp32()), steps=STEPS).source
-    assert source.count("for p in range(B):") == small_layers(program) + 1  # positions, then each layer's cache
+    assert source.count("for p in steps(B, device):") == small_layers(program) + 1  # positions, then each layer's cache
     assert all("#" in line or line.strip().startswith(("def", "return", "for", "del", "l", "B =", "v", "T =", "n"))
                for line in source.splitlines() if line.strip())
 

@@ -53,7 +53,8 @@ class Weight:
             yield self._rows(arithmetic, start, min(start + step, count), block)
 
     def hold(self, arithmetic: Arithmetic) -> Weight:
-        """The same with the whole matrix in memory."""
+        """The same with the whole matrix in memory of its own."""
+        arithmetic.scratch = None
         parts = list(self.parts(arithmetic))
         return replace(self, whole=parts[0] if len(parts) == 1 else torch.cat(parts))
 
@@ -71,5 +72,7 @@ class Weight:
 
 def linear(arithmetic: Arithmetic, x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] -> [..., out]: the product with a weight, part by part."""
+    if weight.whole is None and arithmetic.scratch is None and not x.is_cuda:
+        arithmetic.scratch = torch.empty(PART)
     parts = [arithmetic.linear(x, rows) for rows in weight.parts(arithmetic)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
