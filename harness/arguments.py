@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from harness.options import ENGINES
+
 
 def subject(parser: argparse.ArgumentParser) -> None:
     """What is under test and what it is judged by."""
@@ -18,6 +20,8 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--oracle", type=Path, metavar="DIR", help="recorded oracle (default: record or resume one)")
     add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
     add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
+    add("--engine", choices=ENGINES, metavar="ENGINE",
+        help=f"what runs the bundle: {', '.join(ENGINES)} (default: coreai; replay runs its own program in torch)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")

@@ -225,8 +225,9 @@ class Subject:
 
     @cached_property
     def sharp(self) -> Shipped | None:
-        """Our export's twin with float32 activations; None where the bundle is not ours."""
-        if self.options.bundle is not None:
+        """Our export's twin with float32 activations; None where the bundle is not ours, or replay runs it, whose
+        arithmetic is a choice without a second export."""
+        if self.options.bundle is not None or self.options.replays is not None:
             return None
         return Shipped(self.options, self.geometry, self.mode, self._engine_requests, "fp32")
 

@@ -213,6 +213,3 @@ class Fp16(Arithmetic):
         if x.dtype != torch.float16 or x.is_cuda:
             return F.linear(x, w)
         return F.linear(x.float(), w.float()).to(x.dtype)
-
-
-ARITHMETICS: dict[str, type[Arithmetic]] = {"fp32": Fp32, "fp16": Fp16}

@@ -20,7 +20,8 @@ from torch import Tensor
 from harness.bundle import check_asset
 from harness.cases import FrozenInputs
 from harness.engines import Request
-from harness.engines.replay.arithmetic import ARITHMETICS, Arithmetic, Fp16
+from harness.engines.replay.arithmetic import Arithmetic, Fp16
+from harness.engines.replay.arithmetics import arithmetic as arithmetic_of
 from harness.engines.replay.compile import Constants, compiled
 from harness.engines.replay.contract import EMBEDS, check_vision
 from harness.engines.replay.decoder import ORDERS, Conversation, Decoder
@@ -32,6 +33,8 @@ from harness.geometry import Geometry
 from harness.graph.contract import HostInputs
 from harness.trace import Trace
 
+PROVEN = "proven against Core AI runtime coreai-core 1.0.0b3 on Linux x86_64"
+"""What `tests/test_replay_proof.py` proves bit for bit; not that anything ran on a device."""
 Embeds = Callable[[FrozenInputs], tuple[np.ndarray, np.ndarray]]
 
 
@@ -49,14 +52,15 @@ class ReplayEngine:
                  grid: tuple[int, int] = (28, 28), context: int | None = None, seam_index: Path | None = None,
                  embeds: Embeds | None = None, arithmetic: str = "fp32", device: str = "cpu", dense: bool | None = None,
                  order: str = "layers", chunk: int | None = None, timeout_s: float = 900.0, tmp: Path | None = None) -> None:
-        for what, name, known in (("arithmetic", arithmetic, ARITHMETICS), ("order", order, ORDERS)):
-            if name not in known:
-                raise HarnessError(f"{name!r} is not known", where=what, fix=f"known are {', '.join(known)}")
+        self.arithmetic: Arithmetic = arithmetic_of(arithmetic)
+        if order not in ORDERS:
+            raise HarnessError(f"{order!r} is not known", where="order", fix=f"known are {', '.join(ORDERS)}")
+        if device != "cpu" and arithmetic.endswith("-cpu"):
+            raise HarnessError(f"the arithmetic {arithmetic} runs on a CPU only", where=device, fix="use --device cpu")
         if device != "cpu" and not torch.cuda.is_available():
             raise Undecided(f"torch finds no device {device!r} here", fix="use --device cpu")
         self.decoder, self.vision = Path(decoder).resolve(), Path(vision).resolve() if vision else None
         self.geometry, self.grid, self.context, self.embeds = geometry, grid, context, embeds
-        self.arithmetic: Arithmetic = ARITHMETICS[arithmetic]()
         self.device, self.dense, self.order, self.chunk = device, dense, order, chunk
         self.timeout_s, self.tmp, self.seam_index = timeout_s, tmp, seam_index
         self.name = f"replay-{arithmetic}" if arithmetic.endswith("-cpu") else f"replay-{arithmetic}-{device}"
@@ -140,7 +144,8 @@ class _Run:
                 self.vision = compiled(function, self._constants(function), taps=taps["vision"])
         files = [file for asset in (engine.decoder, engine.vision) if asset for file in asset.rglob("*")]
         engine.facts = {"cold_load_s": time.perf_counter() - started, "warm_load_s": None, "compute_unit": engine.device,
-                        "runtime": f"torch {torch.__version__}, arithmetic {engine.arithmetic.name}",
+                        "runtime": f"judged by replay (arithmetic {engine.arithmetic.name}), {PROVEN}; "
+                                   f"torch {torch.__version__}",
                         "platform": f"{platform.system()} {platform.machine()}", "dtype": found.dtype,
                         "context": found.context, "asset_bytes": sum(file.stat().st_size for file in files)}
 

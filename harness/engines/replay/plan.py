@@ -26,7 +26,7 @@ from harness.engines.replay.states import VIEWS, Access, accesses, apart, users,
 from harness.errors import HarnessError
 
 PRODUCTS = frozenset({"batch_matmul", "broadcasting_batch_matmul"})
-LENGTHS = {"position_ids": "T", "input_ids": "S"}
+LENGTHS = {"position_ids": "T", "input_ids": "N"}
 
 
 class Kind(Enum):
