@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from harness.engines.replay.contract import EMBEDS, check_vision
-from harness.engines.replay.flow import MOVES, PRODUCTS, Flow
+from harness.engines.replay.flow import PRODUCTS, Flow
 from harness.engines.replay.program import Function, Node, Value
 from harness.engines.replay.taps import Found, Step, stream
 
@@ -49,13 +49,8 @@ class _Vision:
             self._tap(name, output, self.merged)
         self._tap(f"{name}.act", act, self.merged)
         self._tap(f"{name}.fc1", flow.source(wide), self.merged)
-        norm = self._norm_end(first.operands[0])
-        self._tap(f"{name}.norm", norm, norm.shape[0])
+        self._tap(f"{name}.norm", first.operands[0], self.merged)
         return given
-
-    def _norm_end(self, value: Value) -> Value:
-        """The norm's own output, before it is laid out for the product."""
-        return self.flow.source(value, MOVES)
 
     def _product(self, name: str, value: Value) -> Node:
         """The product with a weight that a value is, a bias apart."""
