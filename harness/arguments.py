@@ -6,11 +6,11 @@ import argparse
 import math
 from pathlib import Path
 
-from harness.options import ENGINES
-
 
 def subject(parser: argparse.ArgumentParser) -> None:
     """What is under test and what it is judged by."""
+    from harness.options import ENGINES
+
     add = parser.add_argument
     add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
     add("--revision", help="revision of a hub id")
@@ -119,6 +119,17 @@ def faults(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
     add("--json", action="store_true", help="print the record instead of the table")
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    """`harness replay`."""
+    add = parser.add_argument
+    add("bundle", type=Path, help="bundle directory of either kind, or an .aimodel")
+    add("--print", action="store_true", help="print the torch source that replay runs")
+    add("--order", choices=("steps", "layers"), default="steps",
+        help="steps: one call; layers: many tokens of a one-token program, layer by layer")
+    add("--arithmetic", choices=("fp32", "fp16", "coreai-cpu"), default="fp32", help="which arithmetic it is printed for")
+    add("--function", metavar="NAME", help="a function besides the main one")
 
 
 def nothing(parser: argparse.ArgumentParser) -> None:

@@ -204,6 +204,13 @@ def _report(arguments: Arguments) -> int:
     return ExitCode.PASS
 
 
+def _replay(arguments: Arguments) -> int:
+    from harness.engines.replay.show import shown
+
+    print(shown(arguments))
+    return ExitCode.PASS
+
+
 def _doctor(arguments: Arguments) -> int:
     from harness.doctor import examine
 
@@ -222,6 +229,7 @@ VERBS = {
                    (takes.subject, takes.faults), _faults),
     "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
     "report": Verb("render reports again from their records", (takes.report,), _report),
+    "replay": Verb("read a bundle's program, or print it as torch source", (takes.replay,), _replay),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }
 

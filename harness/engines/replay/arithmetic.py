@@ -81,6 +81,10 @@ class Arithmetic:
         """exp(x - max) / sum of it along one axis."""
         return x.softmax(axis)
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x * rsqrt(mean(x^2) + eps) * weight over the last axis, rounded once; see `fusing`."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
     def dequantize(self, codes: Tensor, scale: Tensor, offset1: Tensor | None, offset2: Tensor | None) -> Tensor:
         """scale * (codes - offset1) + offset2 in the type of scale; each scale serves a block of codes.
 
@@ -164,7 +168,7 @@ def _tensor(x: Operand, like: Operand) -> Tensor:
     """A number as a tensor of the other operand's type, on its device."""
     if isinstance(x, Tensor):
         return x
-    return torch.tensor(x, dtype=like.dtype, device=like.device) if isinstance(like, Tensor) else torch.tensor(x)
+    return torch.full((), x, dtype=like.dtype, device=like.device) if isinstance(like, Tensor) else torch.tensor(x)
 
 
 class Fp32(Arithmetic):

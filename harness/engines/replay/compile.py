@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.engines.replay import runtime
 from harness.engines.replay.arithmetic import Arithmetic
+from harness.engines.replay.padding import check_padding
 from harness.engines.replay.plan import Kind, Plan, plan
 from harness.engines.replay.program import Function, Value
 from harness.engines.replay.source import Label, Writer
@@ -76,14 +77,19 @@ class Constants:
 
 
 def compiled(function: Function, constants: Constants, *, steps: Mapping[str, Kind] | None = None,
-             taps: Mapping[str, Value] | None = None, label: Label = lambda node: "") -> Compiled:
+             taps: Mapping[str, Value] | None = None, label: Label = lambda node: "", padded: bool = False,
+             fuse: bool = False) -> Compiled:
     """Compile a function. Raises HarnessError for what no rule covers, and for `steps` that its structure does not allow.
 
-    taps: name -> value to hand out besides the outputs.
+    taps: name -> value to hand out besides the outputs. padded: the cache is read up to the length of `position_ids`, the
+    newest token's place is given as `newest` [1] int64 on the device; see `padding`. fuse: norms as one
+    kernel each; see `fusing`.
     """
     taps = taps or {}
-    made = plan(function, steps, [value.id for value in taps.values()])
-    writer = Writer(made, taps, label)
+    made = plan(function, steps, [value.id for value in taps.values()], fuse=fuse)
+    if padded:
+        check_padding(made)
+    writer = Writer(made, taps, label, padded=padded)
     source = writer.write()
     scope: dict[str, Any] = {"torch": torch, "np": np, "linear": linear,
                              **{name: getattr(runtime, name) for name in runtime.NAMES}}

@@ -18,33 +18,44 @@ from harness.engines.replay.compile import Compiled, Constants, compiled
 from harness.engines.replay.contract import STATES, Layout, layout
 from harness.engines.replay.plan import Kind
 from harness.engines.replay.program import Function, Value
+from harness.engines.replay.recorded import Recorded
 from harness.errors import HarnessError
 
 STEPS = {"input_ids": Kind.STACKED, "position_ids": Kind.LISTED}
 ORDERS = ("layers", "steps")
+NEAR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far a recorded call may be from a plain one, relative to the largest logit: they sum over other lengths."""
 
 
 class Decoder:
-    """A compiled decoder. order: `layers` or `steps`, for a program of one token a call; taps: seam -> value."""
+    """A compiled decoder. order: `layers` or `steps`, for a program of one token a call; taps: seam -> value.
 
-    def __init__(self, function: Function, constants: Constants, taps: Mapping[str, Value], order: str = "layers") -> None:
+    record: replay a recorded call for single tokens, which a GPU can (see `recorded`); fuse: see `fusing`.
+    """
+
+    def __init__(self, function: Function, constants: Constants, taps: Mapping[str, Value], order: str = "layers", *,
+                 record: bool = False, fuse: bool = False) -> None:
         self.function, self.constants, self.taps, self.order = function, constants, taps, order
         self.layout: Layout = layout(function)
-        self._compiled: dict[tuple[bool, bool], Compiled] = {}
+        self.record, self.fuse = record and self.layout.tokens == 1, fuse
+        self._compiled: dict[str, Compiled] = {}
 
     def step(self, tapped: bool = False) -> Compiled:
         """One call of the program as it stands."""
-        return self._get(False, tapped)
+        return self._get(f"step {tapped}", taps=self.taps if tapped else None)
 
     def layers(self, tapped: bool = False) -> Compiled:
         """Many calls in layer-major order. Raises HarnessError where the structure does not allow it."""
-        return self._get(True, tapped)
+        return self._get(f"layers {tapped}", steps=STEPS, taps=self.taps if tapped else None)
 
-    def _get(self, stacked: bool, tapped: bool) -> Compiled:
-        if (stacked, tapped) not in self._compiled:
-            self._compiled[stacked, tapped] = compiled(self.function, self.constants, steps=STEPS if stacked else None,
-                                                       taps=self.taps if tapped else None)
-        return self._compiled[stacked, tapped]
+    def padded(self) -> Compiled:
+        """One call whose shapes are the same for many lengths. Raises HarnessError where the structure is another."""
+        return self._get("padded", padded=True)
+
+    def _get(self, key: str, **settings: Any) -> Compiled:
+        if key not in self._compiled:
+            self._compiled[key] = compiled(self.function, self.constants, fuse=self.fuse, **settings)
+        return self._compiled[key]
 
 
 class Conversation:
@@ -62,6 +73,7 @@ class Conversation:
         step = decoder.step()
         self.states = step.new_states(dict.fromkeys(STATES, self.context))
         held = {value.name: step.arithmetic.held(value.dtype) for value in decoder.function.inputs}
+        self._recorded: Recorded | None = None
         self.fixed = {name: fixed[name].to(step.device, held[name]) if name in fixed else
                       torch.zeros(_shape(value), dtype=held[name], device=step.device)
                       for value in decoder.function.inputs if (name := value.name) not in STEPS}
@@ -83,6 +95,8 @@ class Conversation:
         return torch.cat([part[0] for part in parts]), taps
 
     def _call(self, ids: np.ndarray, stacked: bool, tapped: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.decoder.record and not stacked and not tapped:
+            return self._replayed(int(ids[0])), {}
         run = self.decoder.layers(tapped) if stacked else self.decoder.step(tapped)
         given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int32)).to(run.device)
         before, self.length = self.length, self.length + len(ids)
@@ -94,6 +108,22 @@ class Conversation:
             return outputs["logits"][:, 0, -1], {name: _rows(value, len(ids)) for name, value in taps.items()}
         outputs, taps = run(self.states, input_ids=given[None], position_ids=ramp, **self.fixed)
         return outputs["logits"][0], {name: _rows(value, len(ids)) for name, value in taps.items()}
+
+    def _replayed(self, token: int) -> Tensor:
+        """A single token by a recorded call. The first one is computed both ways: Raises HarnessError where they differ."""
+        place, self.length, self.calls = self.length, self.length + 1, self.calls + 1
+        first = self._recorded is None
+        if first:
+            self._recorded = Recorded(self.decoder.padded(), self.states, self.fixed, self.context)
+        given = torch.tensor([[token]], dtype=torch.int32, device=self.decoder.constants.device)
+        logits = self._recorded.call(given, place).clone()
+        if first:
+            ramp = torch.arange(self.length, dtype=torch.int32, device=given.device)[None]
+            plain = self.decoder.step()(self.states, input_ids=given, position_ids=ramp, **self.fixed)[0]["logits"][0]
+            apart = (plain.float() - logits.float()).abs().max() / plain.float().abs().max()
+            if not apart <= NEAR[plain.dtype]:
+                raise HarnessError(f"a recorded call differs from a plain one by {float(apart):.2g} of the largest logit")
+        return logits
 
     def kv(self) -> dict[str, Tensor]:
         """`kv.keys` and `kv.values` [L, kv_heads, T, head_dim], as they are held."""

@@ -129,7 +129,8 @@ class _Run:
             Fp16.exact_accumulation()
         taps = engine._taps
         with within(engine.decoder.name):
-            self.decoder = Decoder(engine.program.main, self._constants(engine.program.main), taps["decoder"], engine.order)
+            self.decoder = Decoder(engine.program.main, self._constants(engine.program.main), taps["decoder"], engine.order,
+                                   record=engine.device != "cpu")
             found = self.decoder.layout
             if (found.vocab, found.layers) != (engine.geometry.vocab, engine.geometry.layers):
                 raise HarnessError(f"has {found.layers} layers and vocabulary {found.vocab}, the checkpoint "

@@ -18,6 +18,7 @@ from enum import Enum
 import numpy as np
 
 from harness.engines.replay.folding import constant_sizes, fold
+from harness.engines.replay.fusing import Norm, find_norms
 from harness.engines.replay.ops import KNOWN, STATES, TABLE
 from harness.engines.replay.program import Function, Node, Value
 from harness.engines.replay.rules import unsigned
@@ -59,12 +60,13 @@ class Block:
 class Plan:
     """kinds: by value id. sizes: host values by id. tables: transposed matrices by id. scalars: name -> (value, axis) of
     lengths read from tensors. in_place: see `states`. silent: `at` of nodes that become no line, being folded or part of
-    a table. fixed: nodes that run at load; blocks: the others, in the order they run."""
+    a table. norms: by the `at` of their last operation. fixed: nodes that run at load; blocks: the others, in the order they run."""
 
     function: Function
     kinds: dict[int, Kind] = field(default_factory=dict)
     sizes: dict[int, np.ndarray] = field(default_factory=dict)
     tables: dict[int, Table] = field(default_factory=dict)
+    norms: dict[int, Norm] = field(default_factory=dict)
     scalars: dict[str, tuple[Value, int]] = field(default_factory=dict)
     in_place: dict[int, Value] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
@@ -73,9 +75,14 @@ class Plan:
     fixed: list[Node] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
 
+    def taken(self, node: Node) -> tuple[Value, ...]:
+        """Operands; of a fused norm, what all of it takes."""
+        norm = self.norms.get(node.at)
+        return (norm.x, norm.weight) if norm else node.operands
+
     def needs(self, node: Node) -> list[Value]:
         """Tensors that a node takes, the lengths among its sizes included, constants and tables not."""
-        given = node.operands[1:] if node.at in self.in_place else node.operands  # it writes to the state itself
+        given = node.operands[1:] if node.at in self.in_place else self.taken(node)  # it writes to the state itself
         found = [value for value in given if value.constant is None and value.id not in self.tables]
         tensors = [value for value in found if value.id not in self.sizes]
         lengths = {name for value in found if value.id in self.sizes for name in names(self.sizes[value.id])}
@@ -88,8 +95,9 @@ class Plan:
         return self.kinds[node.results[0].id]
 
 
-def plan(function: Function, steps: Mapping[str, Kind] | None = None, kept: Iterable[int] = ()) -> Plan:
-    """Raises HarnessError for an operation that is not known, naming it and its place, and, with `steps`, for a structure
+def plan(function: Function, steps: Mapping[str, Kind] | None = None, kept: Iterable[int] = (), *,
+         fuse: bool = False) -> Plan:
+    """fuse: see `fusing`. Raises HarnessError for an operation that is not known, naming it and its place, and, with `steps`, for a structure
     that does not allow layer-major order."""
     check_known(function)
     made, kept = Plan(function, in_place=writes_in_place(function, kept)), frozenset(kept)
@@ -100,6 +108,9 @@ def plan(function: Function, steps: Mapping[str, Kind] | None = None, kept: Iter
         made.kinds[value.id] = Kind.LISTED if steps else Kind.SHARED
     _fold_sizes(made)
     _find_tables(made, kept)
+    if fuse:
+        made.norms = find_norms(function, kept)
+        made.silent |= {at for norm in made.norms.values() for at in norm.nodes}
     for node in function.nodes:
         if node.at not in made.silent:
             _classify(made, node)
@@ -197,9 +208,9 @@ def _classify(made: Plan, node: Node) -> None:
         for value in node.results:
             made.kinds[value.id] = made.kinds[node.operands[0].id]
         return
-    given = [value for value in node.operands if value.constant is None and value.id not in made.sizes]
+    given = [value for value in made.taken(node) if value.constant is None and value.id not in made.sizes]
     kinds = {made.kinds[value.id] for value in given}
-    lengths = {name for value in node.operands if value.id in made.sizes for name in names(made.sizes[value.id])}
+    lengths = {name for value in made.taken(node) if value.id in made.sizes for name in names(made.sizes[value.id])}
     for value in node.results:
         made.kinds[value.id] = _kind(made, node, kinds, lengths)
 
@@ -209,8 +220,8 @@ def _kind(made: Plan, node: Node, kinds: set[Kind], lengths: set[str]) -> Kind:
         if any(made.kinds[made.scalars[name][0].id] in (Kind.STACKED, Kind.LISTED) for name in lengths):
             return Kind.LISTED
         return Kind.SHARED if Kind.SHARED in kinds or lengths else Kind.FIXED
-    known = not lengths and all(None not in value.shape for value in (*node.operands, *node.results))
-    varying = {number for number, value in enumerate(node.operands)
+    known = not lengths and all(None not in value.shape for value in (*made.taken(node), *node.results))
+    varying = {number for number, value in enumerate(made.taken(node))
                if made.kinds.get(value.id) in (Kind.STACKED, Kind.LISTED)}
     # What loops made stays in loops until a row of a matrix product comes of it: only then is stacking worth a copy.
     worth = Kind.STACKED in kinds or _is_product(made, node)

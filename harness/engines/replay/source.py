@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from harness.engines.replay.ops import TABLE
+from harness.engines.replay.padding import Newest, newest
 from harness.engines.replay.plan import PRODUCTS, Block, Kind, Plan
 from harness.engines.replay.program import Node, Value
 from harness.engines.replay.rules import Emit
 from harness.engines.replay.sizes import names
-from harness.errors import within
+from harness.errors import HarnessError, within
 
 BIG = 1 << 22
 """Elements above which a constant is widened where it is used, not once and for all."""
@@ -27,12 +28,13 @@ Label = Callable[[Node], str]
 
 class Writer:
     """Satisfies `rules.Scene`. taps: values handed out besides the outputs. label: what a remark says of a node, besides
-    its number and type. After `write`, `stored` and `wide` hold the constants that R and W must."""
+    its number and type. padded: see `padding`. After `write`, `stored` and `wide` hold the constants that R and W must."""
 
     batch = "B"
 
-    def __init__(self, plan: Plan, taps: Mapping[str, Value], label: Label = lambda node: "") -> None:
-        self.plan, self.taps, self.label = plan, taps, label
+    def __init__(self, plan: Plan, taps: Mapping[str, Value], label: Label = lambda node: "", *,
+                 padded: bool = False) -> None:
+        self.plan, self.taps, self.label, self.padded = plan, taps, label, padded
         self.stored_constants: dict[int, Value] = {}
         self.wide_constants: dict[int, Value] = {}
         self._inputs = {value.id for value in plan.function.inputs}
@@ -93,7 +95,8 @@ class Writer:
         lines = ["def load(A, R, W, device):"]
         for node in self.plan.fixed:
             lines += [f"    {line}" for line in self._lines(node)]
-        lines += ["    return W", "", "", f"def main(A, R, W, S, device, {inputs}):"]
+        newest = ", newest" if self.padded else ""
+        lines += ["    return W", "", "", f"def main(A, R, W, S, device, {inputs}{newest}):"]
         stepped = [value.name for value in self.plan.function.inputs
                    if self.plan.kinds[value.id] in (Kind.STACKED, Kind.LISTED)]
         lines += [f"    B = len({stepped[0]})"] if stepped else []
@@ -139,14 +142,27 @@ class Writer:
             return None if self._written_in_place(node) else f'put(S["{node.operands[0].name}"], ' \
                                                              f'{self.text(node.operands[1])}, ...)'
         emit = Emit(node, self, int(self.plan.kind(node) is Kind.STACKED))
+        if self.padded and node.op in ("slice", "slice_update") and (part := newest(self.plan, node)):
+            return self._newest(node, emit, part)
         if node.at in self.plan.in_place:
             state = self.plan.in_place[node.at].name
             return f'put(S["{state}"], {emit.text(4)}, np.s_[{emit.window(1, 2, 3)}])'
         targets = ", ".join(f"W[{value.id}]" if self.plan.kinds[value.id] is Kind.FIXED else f"v{value.id}"
                             for value in node.results)
+        if (norm := self.plan.norms.get(node.at)) is not None:
+            return f"{targets} = A.rms_norm({self.text(norm.x)}, {self.text(norm.weight)}, {norm.eps!r})"
         table = node.op in PRODUCTS and node.operands[1].id in self.plan.tables
         made = f"linear(A, {emit.spread(0)}, W[{node.operands[1].id}])" if table else TABLE[node.op].write(emit)
         return f"{targets} = {made}"
+
+    def _newest(self, node: Node, emit: Emit, part: Newest) -> str:
+        """The newest row, by an index on the device."""
+        if node.at in self.plan.in_place:
+            state = self.plan.in_place[node.at].name
+            return f'S["{state}"][{part.window}].index_copy_({part.axis}, newest, {emit.text(4)})'
+        if node.op == "slice_update":
+            raise HarnessError("copies a state to change it, which no recorded call can do")
+        return f"v{node.results[0].id} = {emit.text(0)}[{part.window}].index_select({part.axis}, newest)"
 
     def _written_in_place(self, node: Node) -> bool:
         return any(other.at in self.plan.in_place and other.results[0].id == node.operands[1].id
