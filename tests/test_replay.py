@@ -9,7 +9,7 @@ from small_bundle import CONTEXT, GRID, Small, small_bundle
 
 from harness.engines import Request
 from harness.engines.replay.arithmetic import Fp16, Fp32
-from harness.engines.replay.compile import Constants, compiled
+from harness.engines.replay.compile import Constants, compiled, new_states
 from harness.engines.replay.decoder import STEPS, Conversation, Decoder
 from harness.engines.replay.engine import ReplayEngine
 from harness.engines.replay.plan import plan
@@ -188,7 +188,7 @@ def test_more_tokens_than_slots_are_refused(program: Program):
     with pytest.raises(HarnessError, match="the cache has 48 slots"):
         talk(program.main, "steps", tokens=CONTEXT + 1)
     step = compiled(program.main, Constants(Fp32()))
-    states = step.new_states()
+    states = new_states(program.main, Constants(Fp32()))
     fixed = {value.name: torch.zeros(value.shape, dtype=step.arithmetic.held(value.dtype)) for value in program.main.inputs
              if value.name not in STEPS}
     with pytest.raises(HarnessError, match="longer than the state has slots"):

@@ -38,13 +38,6 @@ class Compiled:
         with torch.no_grad():
             return self._main(self.arithmetic, self._stored, self._wide, states, self.device, **inputs)
 
-    def new_states(self, lengths: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """Zeroed states; `lengths`: slots of a state whose length is left open, by its name."""
-        shapes = {value.name: [(lengths or {})[value.name] if size is None else size for size in value.shape]
-                  for value in self.function.states}
-        return {value.name: torch.zeros(shapes[value.name], dtype=self.arithmetic.held(value.dtype), device=self.device)
-                for value in self.function.states}
-
 
 class Constants:
     """Constants of a program on one device, shared by all functions compiled from it: R and W of the source.
@@ -74,6 +67,14 @@ class Constants:
             wide = self.arithmetic.widen(weight.data) is not weight.data
             self._tables[key] = weight.hold(self.arithmetic) if self.dense and (companions or casts or wide) else weight
         return self._tables[key]
+
+
+def new_states(function: Function, constants: Constants, lengths: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Zeroed states; `lengths`: slots of a state whose length is left open, by its name."""
+    shapes = {value.name: [(lengths or {})[value.name] if size is None else size for size in value.shape]
+              for value in function.states}
+    return {value.name: torch.zeros(shapes[value.name], dtype=constants.arithmetic.held(value.dtype),
+                                    device=constants.device) for value in function.states}
 
 
 def compiled(function: Function, constants: Constants, *, steps: Mapping[str, Kind] | None = None,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.engines.replay.compile import Compiled, Constants, compiled
+from harness.engines.replay.compile import Compiled, Constants, compiled, new_states
 from harness.engines.replay.contract import STATES, Layout, layout
 from harness.engines.replay.plan import Kind
 from harness.engines.replay.program import Function, Value
@@ -70,12 +70,12 @@ class Conversation:
         self.context = decoder.layout.context or context
         if self.context is None:
             raise HarnessError("leaves the length of its cache open", fix="give the context of the bundle's metadata")
-        step = decoder.step()
-        self.states = step.new_states(dict.fromkeys(STATES, self.context))
-        held = {value.name: step.arithmetic.held(value.dtype) for value in decoder.function.inputs}
+        constants = decoder.constants
+        self.states = new_states(decoder.function, constants, dict.fromkeys(STATES, self.context))
+        held = {value.name: constants.arithmetic.held(value.dtype) for value in decoder.function.inputs}
         self._recorded: Recorded | None = None
-        self.fixed = {name: fixed[name].to(step.device, held[name]) if name in fixed else
-                      torch.zeros(_shape(value), dtype=held[name], device=step.device)
+        self.fixed = {name: fixed[name].to(constants.device, held[name]) if name in fixed else
+                      torch.zeros(_shape(value), dtype=held[name], device=constants.device)
                       for value in decoder.function.inputs if (name := value.name) not in STEPS}
 
     def feed(self, ids: np.ndarray, tapped: bool = False, chunk: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:

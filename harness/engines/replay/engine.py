@@ -43,7 +43,8 @@ class ReplayEngine:
 
     decoder, vision: `.aimodel` directories. arithmetic: fp32, fp16 or coreai-cpu. device: cpu or cuda. dense: hold every
     matrix as computed with, which is faster token by token and takes 2 or 4 bytes a weight; by default where they take
-    less than 2 GiB, or on a GPU. order: of a program of one token a call, `layers` (many tokens a pass) or `steps`.
+    less than 2 GiB, or on a GPU. order: of a program of one token a call, `layers` (many tokens a pass) or `steps`; by
+    default layers where the structure allows it (`facts["order"]` says why not).
     chunk: tokens a pass or a call takes at most. Other parameters as of `harness.engines.coreai.CoreAIEngine`.
     Raises HarnessError for a name that is not known, and Undecided where torch has no such device.
     """
@@ -51,9 +52,9 @@ class ReplayEngine:
     def __init__(self, decoder: Path, vision: Path | None = None, *, geometry: Geometry,
                  grid: tuple[int, int] = (28, 28), context: int | None = None, seam_index: Path | None = None,
                  embeds: Embeds | None = None, arithmetic: str = "fp32", device: str = "cpu", dense: bool | None = None,
-                 order: str = "layers", chunk: int | None = None, timeout_s: float = 900.0, tmp: Path | None = None) -> None:
+                 order: str | None = None, chunk: int | None = None, timeout_s: float = 900.0, tmp: Path | None = None) -> None:
         self.arithmetic: Arithmetic = arithmetic_of(arithmetic)
-        if order not in ORDERS:
+        if order not in (None, *ORDERS):
             raise HarnessError(f"{order!r} is not known", where="order", fix=f"known are {', '.join(ORDERS)}")
         if device != "cpu" and arithmetic.endswith("-cpu"):
             raise HarnessError(f"the arithmetic {arithmetic} runs on a CPU only", where=device, fix="use --device cpu")
@@ -129,14 +130,12 @@ class _Run:
             Fp16.exact_accumulation()
         taps = engine._taps
         with within(engine.decoder.name):
-            self.decoder = Decoder(engine.program.main, self._constants(engine.program.main), taps["decoder"], engine.order,
-                                   record=engine.device != "cpu")
+            self.decoder, order = self._decoder(taps["decoder"])
             found = self.decoder.layout
             if (found.vocab, found.layers) != (engine.geometry.vocab, engine.geometry.layers):
                 raise HarnessError(f"has {found.layers} layers and vocabulary {found.vocab}, the checkpoint "
                                    f"{engine.geometry.layers} and {engine.geometry.vocab}",
                                    fix="give the checkpoint that the bundle was made from")
-            self.decoder.step()
         self.vision = None
         if images and engine.vision_program and engine.embeds is None:
             with within(engine.vision.name):
@@ -147,8 +146,25 @@ class _Run:
         engine.facts = {"cold_load_s": time.perf_counter() - started, "warm_load_s": None, "compute_unit": engine.device,
                         "runtime": f"judged by replay (arithmetic {engine.arithmetic.name}), {PROVEN}; "
                                    f"torch {torch.__version__}",
-                        "platform": f"{platform.system()} {platform.machine()}", "dtype": found.dtype,
+                        "platform": f"{platform.system()} {platform.machine()}", "dtype": found.dtype, "order": order,
                         "context": found.context, "asset_bytes": sum(file.stat().st_size for file in files)}
+
+    def _decoder(self, taps: Mapping[str, Value]) -> tuple[Decoder, str]:
+        """The decoder, compiled, and in which order it runs. What cannot be compiled is refused before any request."""
+        engine, function = self.engine, self.engine.program.main
+        made = Decoder(function, self._constants(function), taps, engine.order or "layers", record=engine.device != "cpu")
+        if made.layout.tokens != 1 or made.order == "steps":
+            made.step(bool(taps))
+            return made, "steps" if made.layout.tokens == 1 else "as many tokens a call as are there"
+        try:
+            made.layers(bool(taps))
+            return made, "layers"
+        except HarnessError as error:
+            if engine.order is not None:
+                raise
+            made.order = "steps"
+            made.step(bool(taps))
+            return made, f"steps: {error}"
 
     def _constants(self, function: Function) -> Constants:
         engine = self.engine

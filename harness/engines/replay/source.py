@@ -42,7 +42,10 @@ class Writer:
         self._block: Block | None = None
         self._home = {value.id: number for number, block in enumerate(plan.blocks) for node in block.nodes
                       for value in node.results}
+        self._in_place = {node.results[0].id for node in plan.function.nodes if node.at in plan.in_place}
         self._named: set[str] = set()
+        self._until = {value.id: number for number, block in enumerate(plan.blocks) for node in block.nodes
+                       for value in plan.needs(node)}
         self._dying = self._last_uses()
 
     # What a rule asks.
@@ -139,7 +142,7 @@ class Writer:
         if node.op == "read_handle":
             return f'v{node.results[0].id} = S["{node.operands[0].name}"]'
         if node.op == "write_handle":
-            return None if self._written_in_place(node) else f'put(S["{node.operands[0].name}"], ' \
+            return None if node.operands[1].id in self._in_place else f'put(S["{node.operands[0].name}"], ' \
                                                              f'{self.text(node.operands[1])}, ...)'
         emit = Emit(node, self, int(self.plan.kind(node) is Kind.STACKED))
         if self.padded and node.op in ("slice", "slice_update") and (part := newest(self.plan, node)):
@@ -164,16 +167,11 @@ class Writer:
             raise HarnessError("copies a state to change it, which no recorded call can do")
         return f"v{node.results[0].id} = {emit.text(0)}[{part.window}].index_select({part.axis}, newest)"
 
-    def _written_in_place(self, node: Node) -> bool:
-        return any(other.at in self.plan.in_place and other.results[0].id == node.operands[1].id
-                   for other in self.plan.function.nodes if other.op == "slice_update")
-
     # What lives how long.
 
     def _needed_outside(self, value: Value, number: int) -> bool:
         """Whether a value made in a loop is needed after it."""
-        return value.id in self._handed or any(value.id in {need.id for need in self.plan.needs(node)}
-                                               for block in self.plan.blocks[number + 1:] for node in block.nodes)
+        return value.id in self._handed or self._until.get(value.id, number) > number
 
     def _last_uses(self) -> dict[int, list[str]]:
         """`at` of a node -> names that nothing needs after it."""

@@ -83,11 +83,10 @@ def users(nodes: Sequence[Node]) -> dict[int, list[Node]]:
 def accesses(function: Function, sizes: Mapping[int, np.ndarray], in_place: Mapping[int, Value]) -> list[Access]:
     """Every access of part of a state, in program order; sizes: host values by id, which say where slices begin and end."""
     roots, found = read_values(function), []
+    done = {node.results[0].id for node in function.nodes if node.at in in_place}
     for node in function.nodes:
         if node.op == "write_handle":
-            source = node.operands[1].id
-            if not any(other.at in in_place and other.results[0].id == source for other in function.nodes
-                       if other.op == "slice_update"):
+            if node.operands[1].id not in done:
                 found.append(Access(node.operands[0], node, True, None))
             continue
         for number, value in enumerate(node.operands):
