@@ -132,5 +132,11 @@ def replay(parser: argparse.ArgumentParser) -> None:
     add("--function", metavar="NAME", help="a function besides the main one")
 
 
+def pair(parser: argparse.ArgumentParser) -> None:
+    """`harness diff`."""
+    for name in ("left", "right"):
+        parser.add_argument(name, type=Path, help="bundle directory of either kind, or an .aimodel")
+
+
 def nothing(parser: argparse.ArgumentParser) -> None:
     """For a verb without arguments."""

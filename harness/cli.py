@@ -63,6 +63,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     from dataclasses import replace
 
     from harness import session
+    from harness.ladder import NAMES
     from harness.run import Run
     from harness.terminal import Screen
 
@@ -74,7 +75,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     subject.options = replace(subject.options, work=folder)
     session.check_given(subject)
     run = Run(command=arguments.command)
-    whole = list(names) == list(_all_rungs())
+    whole = list(names) == list(NAMES)
     try:
         with Screen(quiet=arguments.json) as screen:
             subject.progress = screen.step
@@ -87,12 +88,6 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     else:
         screen.table(run, decision, names, folder)
     return decision.exit_code if whole else _part(run, subject.policy)
-
-
-def _all_rungs() -> Sequence[str]:
-    from harness.ladder import NAMES
-
-    return NAMES
 
 
 def _part(run: Any, policy: Any) -> int:
@@ -211,6 +206,14 @@ def _replay(arguments: Arguments) -> int:
     return ExitCode.PASS
 
 
+def _diff(arguments: Arguments) -> int:
+    from harness.engines.replay.difference import shown
+
+    text, same = shown(arguments.left, arguments.right)
+    print(text)
+    return ExitCode.PASS if same else ExitCode.FAIL
+
+
 def _doctor(arguments: Arguments) -> int:
     from harness.doctor import examine
 
@@ -230,6 +233,7 @@ VERBS = {
     "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
     "report": Verb("render reports again from their records", (takes.report,), _report),
     "replay": Verb("read a bundle's program, or print it as torch source", (takes.replay,), _replay),
+    "diff": Verb("what changed between two bundles' programs: structure, constants, weights", (takes.pair,), _diff),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }
 

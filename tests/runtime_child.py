@@ -19,6 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from harness.engines.replay import reader
+from harness.engines.replay.program import Function, _constant, _function
+
 DTYPES = {"f16": "float16", "f32": "float32", "si8": "int8", "ui8": "uint8", "si16": "int16", "si32": "int32",
           "ui32": "uint32", "i1": "bool"}
 """Element types of the dialect and numpy's names of them."""
@@ -83,9 +86,19 @@ class Runtime:
 
     def run(self, text: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name. Raises Refused where the program or its inputs are refused, Died where the child dies."""
+        return self._ask({"text": text}, arrays)[1]
+
+    def read(self, text: str) -> Function:
+        """`main` as our reader sees it. Raises as `run` does, and Refused where the reader refuses."""
+        head, arrays = self._ask({"text": text, "read": True}, {})
+        constants = [_constant(row, arrays.get(f"c{number}"), {}, np.empty(0))
+                     for number, row in enumerate(head["facts"]["constants"])]
+        return _function(head["facts"]["functions"][0], constants)
+
+    def _ask(self, head: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         stream = self._started()
         try:
-            _send(stream, {"text": text}, arrays)
+            _send(stream, head, arrays)
             head, outputs = _receive(stream)
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             code = self._process.wait()
@@ -93,7 +106,7 @@ class Runtime:
             raise Died(f"exit code {code}") from error
         if "error" in head:
             raise Refused(head["error"])
-        return outputs
+        return head, outputs
 
     def close(self) -> None:
         """End the child."""
@@ -155,7 +168,10 @@ class _Server:
             except EOFError:
                 return
             try:
-                _send(self.stream, {}, await self._run(head["text"], arrays))
+                if head.get("read"):
+                    _send(self.stream, *self._read(head["text"]))
+                else:
+                    _send(self.stream, {}, await self._run(head["text"], arrays))
             except Exception as error:  # whatever is raised is the answer
                 _send(self.stream, {"error": str(error).strip()}, {})
 
@@ -170,17 +186,37 @@ class _Server:
         out = await function(inputs={name: NDArray(np.array(array)) for name, array in arrays.items()})
         return {name: value.numpy() for name, value in out.items()}
 
-    async def _compile(self, text: str) -> Any:
+    def _read(self, text: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `reader` hands to its parent: facts and arrays."""
+        found: list[Any] = []
+        _, path = self._saved(text)
+
+        class Desk:
+            job = {"asset": path}
+
+            @staticmethod
+            def put(name: str, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+                found.extend(({"facts": facts}, arrays))
+
+        reader._work(Desk())
+        return tuple(found)
+
+    def _saved(self, text: str) -> tuple[Any, Path]:
         from coreai._compiler import ir
         from coreai.authoring.asset import AIProgram
-        from coreai.runtime import AIModel
 
         self.count += 1
-        compiled = self.folder / f"{self.count}.aimodelx"
-        compiled.mkdir()
+        path = self.folder / f"{self.count}.aimodel"
         with self.context:
-            made = AIProgram._from_mlir_module(ir.Module.parse(text))
-            made.save_asset(self.folder / f"{self.count}.aimodel")._write_odix(compiled)
+            return AIProgram._from_mlir_module(ir.Module.parse(text)).save_asset(path), path
+
+    async def _compile(self, text: str) -> Any:
+        from coreai.runtime import AIModel
+
+        asset, path = self._saved(text)
+        compiled = path.with_suffix(".aimodelx")
+        compiled.mkdir()
+        asset._write_odix(compiled)
         model = await AIModel.load(compiled)
         return model, model.load_function("main")
 

@@ -126,27 +126,33 @@ class CoreAICpu(Arithmetic):
         return libm.apply("powf", x, y).to(x.dtype) if x.is_floating_point() else torch.pow(x, y)
 
     def floor_div(self, x: Operand, y: Operand) -> Tensor:
-        """floor of the float32 quotient; infinity over anything but 0 is NaN, where the dialect's docstring says infinity.
-
-        Operands of different shapes with fewer than 8 elements in a row of the result go another way in the runtime: there
-        the quotient is rounded to fp16 first.
+        """floor of the float32 quotient, in short rows of the quotient in x's type. Infinity over anything but 0 is NaN,
+        where the dialect's docstring says infinity.
         """
         x, y = _tensor(x, y), _tensor(y, x)
         if not x.is_floating_point():
             return super().floor_div(x, y)
         quotient = x.float() / y.float()
-        if x.shape != y.shape and quotient.shape[-1:] < (8,):
+        if _in_short_rows(x, y):
             quotient = quotient.to(x.dtype)
         floored = torch.floor(quotient).to(x.dtype)
         return torch.where(x.isinf() & (y != 0), torch.nan, floored)
 
-    def maximum(self, x: Operand, y: Operand) -> Tensor:
-        """The first where both are equal: 0.0 and -0.0 are. NaN propagates."""
+    def mod(self, x: Operand, y: Operand) -> Tensor:
+        """The C library's fmod, where torch's says NaN for a finite number and an infinite one."""
         x, y = _tensor(x, y), _tensor(y, x)
-        return torch.where((x >= y) | (x != x), x, y)
+        if not x.is_floating_point():
+            return super().mod(x, y)
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(np.asarray(np.fmod(x.numpy(), y.numpy())))
+
+    def maximum(self, x: Operand, y: Operand) -> Tensor:
+        """The first where both are equal (0.0 and -0.0 are), in short rows the second. NaN propagates."""
+        x, y = _tensor(x, y), _tensor(y, x)
+        return torch.where((x > y if _in_short_rows(x, y) else x >= y) | (x != x), x, y)
 
     def minimum(self, x: Operand, y: Operand) -> Tensor:
-        """As above."""
+        """The first where both are equal. NaN propagates."""
         x, y = _tensor(x, y), _tensor(y, x)
         return torch.where((x <= y) | (x != x), x, y)
 
@@ -227,6 +233,11 @@ def _codes(x: Tensor) -> Tensor:
 def _tensor(x: Operand, like: Operand) -> Tensor:
     """A number in the other operand's type."""
     return x if isinstance(x, Tensor) else torch.tensor(x, dtype=like.dtype if isinstance(like, Tensor) else None)
+
+
+def _in_short_rows(x: Tensor, y: Tensor) -> bool:
+    """Operands of different shapes, fewer than 8 elements in a row of the result: the runtime goes another way there."""
+    return x.shape != y.shape and torch.broadcast_shapes(x.shape, y.shape)[-1:] < (8,)
 
 
 def _leading(x: Tensor, rank: int) -> Tensor:

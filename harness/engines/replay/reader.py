@@ -16,7 +16,7 @@ from harness.engines.program import DTYPES
 from harness.engines.worker import Desk, serve
 from harness.errors import HarnessError, Undecided, within
 
-MOST = 1 << 20
+MOST = 1 << 16
 """More operations than any program has: calls of calls of calls must not unfold without end."""
 TOKEN = "!coreai.token"
 

@@ -1,4 +1,4 @@
-"""Where a program holds the value of a seam, as far as the index beside an export of ours says so.
+"""Where a program holds the value of a seam: as the index beside an export of ours says, else as its structure shows.
 
 An index entry names the node by its number in program order (`at`), which is the same in the shipped program and in its
 DEBUG twin, and the shape of one token's row.
@@ -13,6 +13,8 @@ from pathlib import Path
 from harness.bundle import PROGRAM_HASH
 from harness.checkpoint import read_json
 from harness.engines.replay.program import Function, Value
+from harness.engines.replay.taps import decoder_taps
+from harness.engines.replay.taps_vision import vision_taps
 from harness.errors import HarnessError, within
 
 TOWERS = ("decoder", "vision")
@@ -20,10 +22,12 @@ TOWERS = ("decoder", "vision")
 
 @dataclass(frozen=True)
 class Taps(Mapping[str, Mapping[str, Value]]):
-    """Tower -> seam -> value; rows: tower -> seam -> shape of one token's row."""
+    """Tower -> seam -> value; rows: tower -> seam -> shape of one token's row. how: tower -> where they are known from,
+    in words."""
 
     places: Mapping[str, Mapping[str, Value]]
     rows: Mapping[str, Mapping[str, tuple[int, ...]]]
+    how: Mapping[str, str]
 
     def __getitem__(self, tower: str) -> Mapping[str, Value]:
         return self.places[tower]
@@ -43,17 +47,21 @@ def find_places(function: Function) -> dict[str, dict[str, int]]:
 
 
 def taps_of(index: Path | None, assets: Mapping[str, tuple[Path, Function]]) -> Taps:
-    """Seams of `{"decoder": (asset, function), ...}`; none for a program that the index was not made for.
+    """Seams of `{"decoder": (asset, function), ...}`. A program that the index was not made for is searched for them; one
+    whose structure is another than the port's has none.
 
     Raises HarnessError for an index that cannot be read or names a node that the program lacks.
     """
     values: dict[str, dict[str, Value]] = {tower: {} for tower in TOWERS}
     rows: dict[str, dict[str, tuple[int, ...]]] = {tower: {} for tower in TOWERS}
+    how = dict.fromkeys(TOWERS, "no program")
     table = read_json(index) if index is not None else {}
     for tower, (asset, function) in assets.items():
         part = table.get(tower) or {}
         if part.get("program") != (asset / PROGRAM_HASH).read_bytes().hex():
+            values[tower], rows[tower], how[tower] = _by_structure(tower, function)
             continue
+        how[tower] = "the index of its export"
         nodes = {node.at: node for node in function.nodes}
         for name, entry in part["seams"].items():
             if "at" in entry:
@@ -62,4 +70,12 @@ def taps_of(index: Path | None, assets: Mapping[str, tuple[Path, Function]]) -> 
                         raise HarnessError(f"the program has no value of node {entry['at']}", fix="export the bundle again")
                     values[tower][name] = nodes[entry["at"]].results[entry.get("result", 0)]
                     rows[tower][name] = tuple(entry["row"])
-    return Taps(values, rows)
+    return Taps(values, rows, how)
+
+
+def _by_structure(tower: str, function: Function) -> tuple[dict[str, Value], dict[str, tuple[int, ...]], str]:
+    try:
+        found = (decoder_taps if tower == "decoder" else vision_taps)(function)
+    except HarnessError as error:  # an unknown structure is no fault: its inner seams stay unanswered, with the reason
+        return {}, {}, f"unknown: {error}"
+    return found.values, found.rows, f"its structure ({len(found.checks)} checks hold)"
