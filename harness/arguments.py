@@ -90,8 +90,25 @@ def verify(parser: argparse.ArgumentParser) -> None:
     """`harness verify`."""
     parser.add_argument("report", type=Path, help="report folder with run.json and certificate.json")
     parser.add_argument("bundle", type=Path, nargs="?", help="the bundle that the certificate must speak for")
-    parser.add_argument("--policy", type=Path, metavar="TOML",
-                        help="policy that the run's own must not be laxer than")
+    parser.add_argument("--vision-bundle", type=Path, metavar="DIR", help="vision bundle that it must speak for too")
+    _held_against(parser)
+
+
+def publish_check(parser: argparse.ArgumentParser) -> None:
+    """`harness publish-check`."""
+    parser.add_argument("bundle", type=Path, help="the bundle, of either kind, that is to be published")
+    parser.add_argument("--certificate", type=Path, metavar="DIR",
+                        help="report folder (default: BUNDLE.report, or the nearest folder above the bundle with one)")
+    _held_against(parser)
+
+
+def _held_against(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--policy", type=Path, metavar="TOML", help="policy that the run's own must not be laxer than")
+    add("--bounds", type=Path, metavar="TOML",
+        help="bounds that the run's own must not be wider than (default: this repository's, for its own checkpoint)")
+    add("--cases", type=Path, metavar="TOML", help="cases that the run must have judged, on the engine where they say so")
+    add("--signed-by", metavar="KEY", help="minisign public key, a file or its text, that must have signed the certificate")
 
 
 def report(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +116,9 @@ def report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("report", type=Path, nargs="*", help="report folder with run.json; two folders: what changed between them")
     add("--card", action="store_true", help="print the section for a model card")
+    add("--annotations", action="store_true", help="print GitHub's annotations of what did not hold, and nothing else")
+    add("--link", metavar="URL", help="where report.md says that the whole report is (default: the files beside it)")
+    add("--sign", type=Path, metavar="KEY", help="also sign the certificate with this minisign secret key")
     add("--index", type=Path, metavar="DIR", help="write DIR/index.html over the reports in DIR")
 
 
@@ -115,7 +135,9 @@ def faults(parser: argparse.ArgumentParser) -> None:
     add("--class", dest="kinds", action="append", choices=KINDS, metavar="CLASS",
         help=f"only this class (may be repeated): {', '.join(KINDS)}")
     add("--fast", action="store_true", help="a few faults of each class on three cases, without a bundle")
-    add("--benign", action="store_true", help="healthy variations instead: none may be flagged")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--benign", action="store_true", help="healthy variations instead: none may be flagged")
+    other.add_argument("--power", action="store_true", help="instead, the smallest error that each rung sees at each seam")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
     add("--json", action="store_true", help="print the record instead of the table")

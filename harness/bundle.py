@@ -78,7 +78,17 @@ class Bundle:
     @cached_property
     def digest(self) -> str:
         """sha256 over relative name, length and bytes of every file; read in blocks."""
-        return digest_files(self.path, list(self.files))
+        return self._digests[0]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every file, by relative name, so that a reader elsewhere can be told which one differs."""
+        return self._digests[1]
+
+    @cached_property
+    def _digests(self) -> tuple[str, dict[str, str]]:
+        each: dict[str, str] = {}
+        return digest_files(self.path, list(self.files), each), each
 
     @cached_property
     def size(self) -> int:
@@ -88,7 +98,7 @@ class Bundle:
     def record(self) -> dict[str, Any]:
         """Plain JSON types, for a run record."""
         return {"name": self.name, "kind": self.kind, "mode": self.mode, "digest": self.digest, "bytes": self.size,
-                "vocab_size": self.vocab_size, "max_context_length": self.max_context_length,
+                "files": self.hashes, "vocab_size": self.vocab_size, "max_context_length": self.max_context_length,
                 "source": self.metadata.get("source"), "unknown_keys": list(self.unknown_keys)}
 
 

@@ -6,6 +6,7 @@ exceeds with probability `FALSE_ALARM`: errors multiply through a network, so th
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -17,6 +18,7 @@ from statistics import NormalDist, fmean, pstdev
 from harness.benign import VARIATIONS, Variation
 from harness.bounds import Bound, Bounds
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.quantize import RECIPES
 from harness.graph.reference import Reference
 from harness.ladder import NAMES
@@ -134,7 +136,7 @@ def _bound(key: Key, values: list[float], graph: str, cases: int) -> Bound:
     limit = round_up(max(margin * largest, tail, ROUNDING))
     source = graph if engine == "*" else f"one healthy bundle ({engine})"
     return Bound(rung, metric, limit, largest, f"{len(values)} figures of {source} over {cases} cases; the larger of "
-                 f"{margin:g} x the largest and the lognormal's {FALSE_ALARM:g} tail", date.today().isoformat(), seams, engine)
+                 f"{margin:g} x the largest and the lognormal's {FALSE_ALARM:g} tail", date.today().isoformat(), seams, engine, limit)
 
 
 def _headroom() -> Bound:
@@ -150,14 +152,16 @@ def round_up(value: float) -> float:
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.1e}")
 
 
-def to_toml(bounds: Sequence[Bound], command: str) -> str:
+def to_toml(bounds: Sequence[Bound], command: str, checkpoint: str, geometry: Geometry) -> str:
     """A bounds file; `load_bounds` reads it back."""
     lines = ["# How much error is healthy, and why. Made by:", f"#   {command}",
-             "# A bound tightened or loosened by hand says so in its because.", ""]
+             '# Whoever tightens or loosens a limit says why: by_hand = "...". Without it the file does not load.', "",
+             "[made_for]", f"checkpoint = {json.dumps(checkpoint)}",
+             *(f"{name} = {size}" for name, size in geometry.shape.items()), ""]
     for bound in bounds:
         lines.append("[[bound]]")
         for name, value in vars(bound).items():
-            if value == "*":
+            if value in ("*", "", None):
                 continue
             text = f"{value:.3g}" if isinstance(value, float) else '"' + value.replace('"', "'") + '"'
             lines.append(f"{name} = {text if not isinstance(value, float) or any(c in text for c in '.e') else text + '.0'}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import __version__
 from harness import arguments as takes
+from harness import checking
 from harness.errors import ExitCode, HarnessError
 
 if TYPE_CHECKING:
@@ -150,13 +151,13 @@ def _calibrate(arguments: Arguments) -> int:
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()
-    write_atomic(arguments.out, to_toml(bounds, arguments.command))
+    write_atomic(arguments.out, to_toml(bounds, arguments.command, subject.checkpoint.name, subject.geometry))
     print(f"{len(bounds)} bounds written to {arguments.out}")
     return ExitCode.PASS
 
 
 def _faults(arguments: Arguments) -> int:
-    from harness.faults import benign, scoreboard
+    from harness.faults import benign, power, scoreboard
     from harness.run import json_text, write_files
     from harness.terminal import Screen
 
@@ -164,39 +165,13 @@ def _faults(arguments: Arguments) -> int:
     if arguments.jobs < 1:
         raise HarnessError(f"{arguments.jobs} processes", where="--jobs", fix="give 1 or more")
     with Screen(quiet=arguments.json) as screen:
-        made = benign if arguments.benign else scoreboard
+        made = benign if arguments.benign else power if arguments.power else scoreboard
         record = made.make(subject.options, arguments, lambda done, total: screen.step(arguments.verb, done, total))
-    text, name = made.markdown(record), "benign" if arguments.benign else "scoreboard"
-    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text})
+    text, name = made.markdown(record), made.__name__.rpartition(".")[2]
+    pictures = power.pictures(record) if made is power else {}
+    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text, **pictures})
     print(json.dumps(record) if arguments.json else text)
     return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
-
-
-def _verify(arguments: Arguments) -> int:
-    from harness.bundle import Bundle
-    from harness.gate import verify
-    from harness.policy import load_policy
-    from harness.session import read_report
-    from harness.verdict import Outcome, exit_code
-
-    record, certificate = read_report(arguments.report)
-    digest = Bundle.open(arguments.bundle).digest if arguments.bundle else None
-    least = load_policy(arguments.policy) if arguments.policy else None
-    found = verify(record, certificate, digest, least)
-    for sentence in found:
-        print(f"does not match: {sentence}")
-    if found:
-        return ExitCode.FAIL
-    speaks = f" and speaks for {arguments.bundle}" if arguments.bundle else "; give the bundle to check its bytes too"
-    print(f"{certificate['outcome']}: the certificate agrees with its record{speaks}")
-    return exit_code(Outcome(certificate["outcome"]))
-
-
-def _report(arguments: Arguments) -> int:
-    from harness.session import rerender
-
-    print(rerender(arguments.report, card=arguments.card, index=arguments.index))
-    return ExitCode.PASS
 
 
 def _replay(arguments: Arguments) -> int:
@@ -230,8 +205,10 @@ VERBS = {
                       (takes.subject, takes.calibrate), _calibrate),
     "faults": Verb("switch known faults on one at a time and count what is caught and named",
                    (takes.subject, takes.faults), _faults),
-    "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), _verify),
-    "report": Verb("render reports again from their records", (takes.report,), _report),
+    "verify": Verb("does a certificate still speak for a bundle?", (takes.verify,), checking.verify),
+    "publish-check": Verb("is there a certificate for exactly this bundle? the line before an upload",
+                          (takes.publish_check,), checking.publish_check),
+    "report": Verb("render reports again from their records", (takes.report,), checking.report),
     "replay": Verb("read a bundle's program, or print it as torch source", (takes.replay,), _replay),
     "diff": Verb("what changed between two bundles' programs: structure, constants, weights", (takes.pair,), _diff),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),

@@ -6,19 +6,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from harness.bounds import Bounds, bounds_from
 from harness.errors import HarnessError
 from harness.ladder import NAMES
 from harness.policy import Policy, policy_from
+from harness.recheck import recheck, weaker
 from harness.run import Run, run_from_record
 from harness.verdict import Outcome, Verdict, exit_code, worst
 
-SCHEMA = 1
-ONE = 1 + 1e-9
-_WORDED = {"schema", "tool", "created", "subject", "engine", "policy"}
-"""Parts of a record that the certificate holds in words; of everything else it holds a digest."""
+SCHEMA = 2
+CHAIN = ("checkpoint", "oracle", "cases", "bundle", "vision_bundle", "engine", "policy", "bounds", "verdicts")
+"""What a decision rests on, in the order of the chain; behind these stand the other parts of the record by name."""
+_SUBJECT = {"checkpoint", "oracle", "bundle", "vision_bundle"}
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,34 @@ def _why(outcome: Outcome, rungs: Iterable[RungResult]) -> str:
 
 
 def certificate(run: Run, policy: Policy) -> dict[str, Any]:
-    """What was decided, bound by digests to checkpoint, oracle, cases, bundle, policy, bounds, every verdict and figure."""
+    """What was decided, bound by a chain of digests to all that it rests on, and signed off by one digest over the whole.
+
+    `chain` holds the links of CHAIN and then every other part of the record, each with the sha256 of its content and
+    `sum`, the sha256 over the sum before it, its name and its digest: the first sum that does not match names the link
+    that was changed.
+    """
     decision = fold(run.verdicts, policy)
     record = run.record()
     body = {
         "schema": SCHEMA, "tool": run.tool, "created": run.created, "subject": record["subject"],
-        "engine": record["engine"], "policy": {"name": policy.name, "digest": policy.digest},
-        "digests": {key: digest_of(value) for key, value in sorted(record.items()) if key not in _WORDED},
+        "engine": record["engine"], "policy": {"name": policy.name, "digest": policy.digest}, "chain": chain(record),
         "outcome": decision.outcome.value, "reason": decision.reason,
         "rungs": {rung.rung: rung.outcome.value for rung in decision.rungs},
     }
     return {**body, "digest": digest_of(body)}
+
+
+def chain(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The links of a record: name, digest of its content, and the running sum."""
+    subject = record["subject"]
+    parts = {name: subject.get(name) if name in _SUBJECT else record[name] for name in CHAIN}
+    parts |= {name: record[name] for name in sorted(record) if name not in CHAIN and name != "schema"}
+    links, total = [], ""
+    for name, value in parts.items():
+        digest = digest_of(value)
+        total = hashlib.sha256(f"{total}\n{name}\n{digest}".encode()).hexdigest()
+        links.append({"name": name, "digest": digest, "sum": total})
+    return links
 
 
 def digest_of(value: Any) -> str:
@@ -109,53 +129,54 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-def rejudge(verdict: Verdict) -> Outcome:
-    """The outcome that the recorded figures call for; a record cannot say PASS over a figure past its bound."""
-    if verdict.outcome is not Outcome.PASS or verdict.value is None or verdict.bound is None:
-        return verdict.outcome
-    return Outcome.PASS if verdict.value <= verdict.bound else Outcome.FAIL
-
-
 def verify(record: Mapping[str, Any], claimed: Mapping[str, Any], bundle_digest: str | None = None,
-           least: Policy | None = None) -> list[str]:
-    """Recompute a certificate from its run record, and compare; a list of sentences, empty where all agrees.
+           least: Policy | None = None, bounds: Bounds | None = None) -> list[str]:
+    """Recompute a certificate from its run record and judge every figure again; sentences, none where all holds.
 
-    `bundle_digest` is that of the bundle in hand: the certificate must speak for exactly these bytes. `least` is the
-    policy that the run's own must not be laxer than.
+    `bundle_digest` is that of the bundle in hand: the certificate must speak for exactly these bytes. `least` and
+    `bounds` are the policy and the bounds that the run's own must not be laxer than.
     """
     try:
         run, policy = run_from_record(record), policy_from(dict(record["policy"]))
         recomputed = certificate(run, policy)
     except HarnessError as error:
         return [str(error)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         return [f"run.json is not a run record ({type(error).__name__}: {error})"]
-    found = []
-    for key, ours in recomputed.items():
-        if claimed.get(key) != ours:
-            found.append(f"{key} does not match: the certificate says {_short(claimed.get(key))}, the record gives "
-                         f"{_short(ours)}")
-    for verdict in run.verdicts:
-        if rejudge(verdict) is not verdict.outcome:
-            found.append(f"{verdict.id} says {verdict.outcome.value}, its figure {verdict.value} is past {verdict.bound}")
-        found += [f"{verdict.id} records a cosine of {value}, which nothing has" for value in _cosines(verdict.figures)
-                  if not -ONE <= value <= ONE]
+    if claimed.get("schema") != SCHEMA:
+        return [f"certificate of schema {claimed.get('schema')!r}, this tool reads {SCHEMA}: check it with the version that "
+                "wrote it, or run the gate again"]
+    found = [*_links(claimed.get("chain"), recomputed["chain"])]
+    found += [f"{key} does not match: the certificate says {_short(claimed.get(key))}, the record gives {_short(ours)}"
+              for key, ours in recomputed.items() if key != "chain" and claimed.get(key) != ours]
+    try:
+        found += recheck(run, policy, recomputed["outcome"] == Outcome.PASS.value)
+        if bounds is not None:
+            with suppress(HarnessError):  # bounds that cannot be read have their sentence already
+                found += weaker(run, bounds_from(run.bounds), bounds)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        found.append(f"run.json holds a value that no run record has ({type(error).__name__}: {error})")
     if least is not None and not policy.stricter_or_equal(least):
         found.append(f"the run was judged by policy {policy.name!r}, which is laxer than {least.name!r}")
-    spoken = (run.subject.get("bundle") or {}).get("digest")
-    if bundle_digest is not None and spoken != bundle_digest:
-        found.append(f"the certificate speaks for bundle {_short(spoken)}, this one is {_short(bundle_digest)}")
+    spoken = [part.get("digest") if isinstance(part := run.subject.get(name), Mapping) else None
+              for name in ("bundle", "vision_bundle")]
+    if bundle_digest is not None and bundle_digest not in spoken:
+        found.append(f"the certificate speaks for bundle {_short(spoken[0])}, this one is {_short(bundle_digest)}")
     return found
 
 
-def _cosines(figures: Any) -> Iterator[float]:
-    """Every recorded cosine: float32 sums print 1.0001, ours cannot."""
-    if isinstance(figures, Mapping):
-        for name, value in figures.items():
-            if "cosine" in name and name != "cosine_gap" and isinstance(value, (int, float)):
-                yield value
-            else:
-                yield from _cosines(value)
+def _links(claimed: Any, ours: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """Each link whose content differs; then the first sum that does, where the contents agree."""
+    links = claimed if isinstance(claimed, list) else []
+    held = {link.get("name"): link for link in links if isinstance(link, Mapping)}
+    differ = [link["name"] for link in ours if (held.get(link["name"]) or {}).get("digest") != link["digest"]]
+    for name in differ:
+        theirs = (held.get(name) or {}).get("digest")
+        yield f"{name} is not what the certificate was made from: it says {_short(theirs)[:14]}, the record gives " \
+              f"{next(link['digest'] for link in ours if link['name'] == name)[:12]}"
+    if not differ and links != list(ours):
+        broken = next((link["name"] for link, other in zip(ours, links) if link != other), "the end")
+        yield f"the chain of digests is broken at {broken}"
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,11 @@ from typing import Any
 
 from harness.errors import HarnessError, within
 
+SHAPE = ("hidden", "layers", "heads", "head_dim", "intermediate", "vision_hidden", "vision_layers", "vision_intermediate")
+"""Sizes that rounding depends on: how long the sums are and how many follow each other."""
 _MISSING = object()
+MOST_LAYERS = 1000
+"""A record that says more was not written by us, and planning its seams would take all memory."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,33 @@ class Geometry:
         """Side of the square table of learned vision positions."""
         return round(self.position_rows**0.5)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of `SHAPE` by name."""
+        return {name: getattr(self, name) for name in SHAPE}
+
     def record(self) -> dict[str, Any]:
         """Plain JSON types."""
         return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Geometry:
+        """Inverse of `record`. Raises HarnessError where a value is missing, unknown, of another type or contradictory."""
+        with within("geometry"):
+            unknown = sorted(set(record) - set(cls.__dataclass_fields__))
+            if unknown:
+                raise HarnessError("no geometry has such a key", where=unknown[0])
+            kinds = {"int": int, "float": float, "bool": bool, "str": str}
+            found = {name: _need(record, name, kinds.get(str(field.type), list))
+                     for name, field in cls.__dataclass_fields__.items()}
+            lists = {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+            if not all(type(part) is int for value in lists.values() for part in value):
+                raise HarnessError("holds something else than whole numbers")
+            geometry = cls(**{**found, **lists})
+            if not (0 < geometry.layers <= MOST_LAYERS and 0 < geometry.vision_layers <= MOST_LAYERS):
+                raise HarnessError(f"{geometry.layers} and {geometry.vision_layers} layers are no model's")
+            geometry._check(geometry.hidden)
+        return geometry
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Geometry:

@@ -42,7 +42,9 @@ def greedy(rung: str, case: str, seam: str, tokens: np.ndarray, reference: np.nd
     if broken:
         step = broken[0]
         reason += f"; step {step} gives {choice[step]} where {tokens[step]} is right by {gap[step]:.3g} logits"
-    figures = {"noise": float(np.abs(candidate - reference).max()), "choice": choice.tolist(), "tokens": np.asarray(tokens).tolist(), "ties": tied, "flips": broken,
+    figures = {"noise": float(np.abs(candidate - reference).max()), "choice": choice.tolist(),
+               "tokens": np.asarray(tokens).tolist(), "ties": tied, "flips": broken,
+               "gaps": [float(gap[step]) for step in flips], "tie": tie,
                "margins": [round(float(value), 5) for value in top2_margin(reference)]}
     return Verdict(rung, case, seam, Outcome.FAIL if broken else Outcome.PASS, reason, "flips", float(len(broken)), 0.0,
                    figures=figures)

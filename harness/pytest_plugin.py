@@ -44,6 +44,8 @@ class Judged:
 
         given = {name.replace("-", "_"): Path(value) if name in _PATHS else value for name in OPTIONS
                  if name != "report" and (value := self.config.getoption(f"--{name}")) is not None}
+        if self.config.getoption("--report") is not None:  # what is made goes beside its certificate
+            given["work"] = Path(self.config.getoption("--report"))
         return Subject(Options(**given))
 
     @cached_property

@@ -7,14 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harness.attest import read_report
 from harness.errors import HarnessError, Undecided, within
+from harness.exhibits import bandwidth, heat_rows, tensor_rows, thumbnail
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
 from harness.options import factory_of
-from harness.run import Run, json_text, machine, write_atomic, write_files
+from harness.run import Run, json_text, machine, write_files
+from harness.signing import SUFFIX
 from harness.store import Oracle
 from harness.subject import Subject
-from harness.trace import decoder_seams
 from harness.verdict import Outcome, Verdict
 from harness.zoom import localize
 
@@ -82,7 +84,8 @@ def describe(subject: Subject, run: Run) -> None:
     run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
-                   "graph": subject.options.graph, "mode": _try(lambda: subject.mode),
+                   "exported": subject.sharp is not None, "graph": subject.options.graph,
+                   "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
                    "bundle": None, "vision_bundle": None}
     # Only what the rungs asked for is described: a porter who climbs one torch rung must not wait for an export.
@@ -92,20 +95,18 @@ def describe(subject: Subject, run: Run) -> None:
     started = subject.shipped.started
     engine = _try(lambda: subject.shipped.engine) if started else None
     facts = engine.facts if engine else {}
-    run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"), "platform": facts.get("platform"),
-                  "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype")}
+    run.engine = {"name": engine.name if engine else None, "version": facts.get("runtime"),
+                  "platform": facts.get("platform"),
+                  "compute_unit": facts.get("compute_unit"), "dtype": facts.get("dtype"), "build": facts.get("build")}
     run.speed = _try(lambda: speed(subject)) or {} if started else {}
     run.cases = [row for name in subject.cases
                  if subject.has_oracle and (row := _try(lambda name=name: case_row(subject, name)))]
-    rows = {"tokens": token_rows, "heat": heat_rows}
-    judged = {"tokens": "tokens", "heat": "decoder"}
-    for field, make in rows.items():
-        cases = {verdict.case for verdict in run.of(judged[field])} & set(subject.cases)
-        setattr(run, field, [row for name in subject.cases if name in cases
-                             and (row := _try(lambda name=name, make=make: make(subject, name)))])
-    run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": verdict.outcome.value,
-                    "stored": verdict.figures.get("stored"), "error": verdict.value}
-                   for verdict in run.of("weights")]
+    judged = {rung: {verdict.case for verdict in run.of(rung)} for rung in ("tokens", "decoder")}
+    run.tokens = [row for name in subject.cases if name in judged["tokens"]
+                  and (row := _try(lambda name=name: token_rows(subject, name)))]
+    run.heat = [row for name in subject.cases if name in judged["decoder"]
+                for row in _try(lambda name=name: heat_rows(subject, name)) or []]
+    run.weights = tensor_rows(run.of("weights"))
 
 
 def oracle_row(oracle: Oracle) -> dict[str, Any]:
@@ -123,11 +124,12 @@ def speed(subject: Subject) -> dict[str, Any]:
     case = subject.engine_cases()[0]
     facts = subject.engine_trace(case).facts
     geometry, bundle = subject.geometry, subject.bundle
-    table = 2 * geometry.hidden * (geometry.vocab - 1) if not geometry.tied else 0
+    own_head = not geometry.tied or subject.mode == "int8hu"
+    table = 2 * geometry.hidden * (geometry.vocab - 1) if own_head else 0
     known = ("prefill_tok_s", "decode_tok_s", "cold_load_s", "warm_load_s", "vision_s", "peak_rss_bytes")
     return {**{name: facts.get(name) for name in known}, "case": case, "bundle_bytes": bundle.size,
             "bytes_per_token": (bundle.asset / "main.mlirb").stat().st_size - table, "engine": subject.shipped.engine.name,
-            "machine": machine()}
+            "machine": machine(), **bandwidth()}
 
 
 def _try(make: Callable[[], Any]) -> Any:
@@ -147,7 +149,7 @@ def case_row(subject: Subject, name: str) -> dict[str, Any]:
         merge = subject.geometry.merge
         first = int((recorded.inputs.ids == subject.geometry.image_token).argmax())
         row["image"] = {"grid": [height // merge, width // merge], "first": first,
-                        "count": height * width // merge**2}
+                        "count": height * width // merge**2, "thumbnail": _try(lambda: thumbnail(subject, name))}
     return row
 
 
@@ -167,65 +169,13 @@ def token_rows(subject: Subject, name: str) -> dict[str, Any]:
     return {"case": name, "steps": rows}
 
 
-def heat_rows(subject: Subject, name: str) -> dict[str, Any]:
-    """log10 of each token's relative error after every decoder layer: the graph against the oracle."""
-    import numpy as np
-
-    recorded, trace = subject.recorded(name), subject.graph_trace(name, "accumulated")
-    seams = [seam for seam in decoder_seams(subject.geometry) if seam in trace and seam in recorded.trace]
-    values = []
-    for seam in seams:
-        reference, got = (array.astype(np.float64).reshape(len(array), -1) for array in (recorded.trace[seam], trace[seam]))
-        norms = np.linalg.norm(reference, axis=1)
-        error = np.linalg.norm(got - reference, axis=1) / np.maximum(norms, 1e-30)
-        values.append([round(float(value), 2) if np.isfinite(value) else None
-                       for value in np.log10(np.maximum(error, 1e-12))])
-    return {"case": name, "way": "accumulated", "seams": seams, "values": values}
-
-
 def write(run: Run, subject: Subject, folder: Path) -> Decision:
     """Write run.json, certificate.json, report.md and report.html into `folder`, all or none."""
     from harness.report import render_html, render_markdown
 
     decision = fold(run.verdicts, subject.policy)
     record, signed = run.record(), certificate(run, subject.policy)
+    (folder / f"certificate.json{SUFFIX}").unlink(missing_ok=True)  # it was made for another certificate
     write_files(folder, {"run.json": json_text(record), "certificate.json": json_text(signed),
                          "report.md": render_markdown(record, signed), "report.html": render_html(record, signed)})
     return decision
-
-
-def read_report(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and certificate.json of a report folder. Raises HarnessError where one is missing or no JSON object."""
-    from harness.checkpoint import read_json
-
-    found = []
-    for path in (folder / "run.json", folder / "certificate.json"):
-        found.append(read_json(path))
-        if not isinstance(found[-1], dict):
-            raise HarnessError("must be a JSON object", where=path, fix="run the gate again")
-    return found[0], found[1]
-
-
-def rerender(folders: Sequence[Path], *, card: bool = False, index: Path | None = None) -> str:
-    """What `harness report` prints: a card, or where the pages were written.
-
-    Raises HarnessError where folders and options do not go together, or a folder holds no run.
-    """
-    from harness.report import render_card, render_compare, render_html, render_index, render_markdown
-
-    if index is not None:
-        runs = [(path.parent.name, *read_report(path.parent)) for path in sorted(index.glob("*/run.json"))]
-        if not runs:
-            raise HarnessError("holds no report", where=index, fix="run `harness gate` first")
-        write_atomic(index / "index.html", render_index(runs))
-        return f"{len(runs)} runs listed in {index / 'index.html'}"
-    if len(folders) == 2:
-        write_atomic(folders[1] / "compare.html", render_compare(*(read_report(folder)[0] for folder in folders)))
-        return f"what changed is in {folders[1] / 'compare.html'}"
-    if len(folders) != 1:
-        raise HarnessError(f"{len(folders)} report folders given", fix="give one to render it, two to compare them")
-    record, signed = read_report(folders[0])
-    if card:
-        return render_card(record, signed)
-    write_files(folders[0], {"report.html": render_html(record, signed), "report.md": render_markdown(record, signed)})
-    return f"rendered {folders[0] / 'report.html'}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.background import EngineJob, ExportJob
+from harness.bounds import engine_key
 from harness.bundle import VISION, Bundle
 from harness.engines import Engine, Request
 from harness.errors import HarnessError
@@ -111,8 +112,7 @@ class Shipped:
     @property
     def key(self) -> str:
         """What bounds on this engine belong to: engine, mode, activations where they are wide, and width."""
-        wide = "-fp32" if self.activations == "fp32" else ""
-        return f"{self.engine.name}:{self.mode}{wide}:h{self.geometry.hidden}"
+        return engine_key(self.engine.name, self.mode, self.geometry.hidden, self.activations == "fp32")
 
     def stop(self) -> None:
         """End what still runs."""

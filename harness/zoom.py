@@ -1,4 +1,4 @@
-"""From the first broken seam into its layer, until the op is named: every op of the layer is fed the oracle's values.
+"""The report of a failure: the first broken seam of each rung, its op, size, tokens, probable cause, and one command.
 
 With the oracle injected at each inside seam, the error left at a seam was made between it and the one before.
 """
@@ -6,18 +6,16 @@ With the oracle injected at each inside seam, the error left at a seam was made 
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from harness.engines import Request
-from harness.ladder import judge
+from harness.causes import explain
+from harness.causes.rows import extent
 from harness.localize import block_of, broken, describe_tokens, inherited
 from harness.options import Options
+from harness.scenes import zoom
 from harness.subject import Subject
-from harness.trace import Trace, decoder_seams, layer_of, vision_seams
-from harness.verdict import Outcome, Verdict
+from harness.verdict import Verdict
 
 CAUSES = {
     "decoder.embed": "the text table, an id off by one, or image rows in another order",
@@ -42,6 +40,8 @@ CAUSES = {
     "vision.embed": "the patch embedding (a temporal slice, the bias) or the interpolated positions",
     "merger": "a merger: order of the 2x2 neighbours, a tap exchanged, or GELU's flavour",
     "logits": "the head: tied by mistake, a stale row, or a wrong quantization",
+    "kv.": "what the cache is given or where it is written: slot, rotation, or another tensor",
+    "layers.": "an operation of this layer: what enters it is right",
 }
 
 
@@ -52,13 +52,14 @@ def localize(subject: Subject, verdicts: Sequence[Verdict]) -> list[dict[str, An
         if culprit.rung in seen:
             continue
         seen.add(culprit.rung)
-        op = _op(subject, culprit)
+        op, found = zoom(subject, culprit)
         place = op.seam if op else culprit.seam
         shown = op or culprit
+        cause, tokens = (explain(found), extent(found)) if found else (None, "")
         rows.append({"rung": culprit.rung, "case": culprit.case, "seam": culprit.seam, "block": block_of(culprit.seam),
                      "op": place if place != culprit.seam else None, "metric": shown.metric, "value": shown.value,
-                     "bound": shown.bound, "reason": shown.reason, "tokens": describe_tokens(culprit),
-                     "inherited": inherited(culprit), "cause": culprit.cause or _explain(culprit, place),
+                     "bound": shown.bound, "reason": shown.reason, "tokens": tokens or describe_tokens(culprit),
+                     "inherited": inherited(culprit), "cause": culprit.cause or cause or _explain(culprit, place),
                      "reproduce": reproduce(subject, culprit)})
     return rows
 
@@ -81,43 +82,3 @@ def _explain(culprit: Verdict, seam: str) -> str | None:
     if inherited(culprit):
         return "inherited: on the oracle's own input every seam of this rung is right, so look at the rungs above"
     return next((cause for part, cause in CAUSES.items() if part in seam), None)
-
-
-def _op(subject: Subject, culprit: Verdict) -> Verdict | None:
-    """The first inside seam of the broken block that fails on the oracle's own inputs, or None where none can be had."""
-    if culprit.rung not in ("vision", "decoder"):
-        return None
-    family = vision_seams if culprit.rung == "vision" else decoder_seams
-    inside = [seam for seam in family(subject.geometry, inside=True) if seam.startswith(culprit.seam + ".")
-              and not seam.endswith(".deepstack")]
-    try:
-        return next((verdict for verdict in _inside(subject, culprit, inside) if verdict.outcome is Outcome.FAIL), None)
-    except Exception:  # noqa: BLE001  a porter's graph may raise anything here; the seam is named all the same
-        return None
-
-
-def _inside(subject: Subject, culprit: Verdict, inside: Sequence[str]) -> list[Verdict]:
-    conversion = subject.conversion(subject.grid(culprit.case))
-    offered = set(conversion.seams())
-    seams = [seam for seam in inside if seam in offered]
-    if not seams or not conversion.injectable:
-        return []
-    reference = inside_trace(subject, culprit.case, culprit.seam)
-    recorded = subject.recorded(culprit.case)
-    request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)), seams=frozenset(seams))
-    trace = next(subject.graph(culprit.case).run([request], inject=reference, inject_at=list(reference)))
-    return judge(culprit.rung, culprit.case, seams, reference, {"local": trace.only(seams)}, subject.bounds,
-                 regions=subject.regions(culprit.case))
-
-
-def inside_trace(subject: Subject, case: str, seam: str) -> Trace:
-    """The oracle with the inside of the layer that `seam` belongs to; recorded once more for one case where it lacks it."""
-    from harness.oracle import record
-
-    layer, recorded = layer_of(seam), subject.recorded(case)
-    if any(name.startswith(seam + ".") and not name.endswith(".deepstack") for name in recorded.seams):
-        return recorded.trace
-    with tempfile.TemporaryDirectory(prefix="harness-zoom-") as folder:
-        oracle = record(subject.checkpoint, [subject.cases[case]], Path(folder) / "oracle",
-                        device=subject.options.device, inside="all" if layer is None else frozenset({layer}))
-        return oracle.case(case).trace

@@ -7,6 +7,7 @@ def test_gate(session_run, request):
     from harness.rungs import CHECKS
     from harness.session import describe, write
     from harness.verdict import Outcome
+    from harness.zoom import localize
 
     for rung in NAMES:
         for case in CHECKS[rung].plan(session_run.subject):
@@ -16,6 +17,7 @@ def test_gate(session_run, request):
     if folder:
         from pathlib import Path
 
+        session_run.run.localization = localize(session_run.subject, session_run.run.verdicts)
         describe(session_run.subject, session_run.run)
         write(session_run.run, session_run.subject, Path(folder))
     assert decision.outcome is Outcome.PASS, decision.reason

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
+from harness.bounds import Bound, Bounds, engine_key
 from harness.gate import certificate
+from harness.geometry import Geometry
+from harness.greedy import greedy
+from harness.ladder import decide
+from harness.metrics import Distance
+from harness.plan import SHARP, Kind, planned
 from harness.policy import policy_from
 from harness.report.png import data_uri
 from harness.run import Run, run_from_record
+from harness.trace import decoder_seams, vision_seams
 from harness.verdict import Outcome, Verdict
 
 HOSTILE = '<script>document.title="owned"</script>"><img src=http://example.invalid/x onerror=alert(1)>' \
           "'`|*_[a](b)@team</script>"
 BROKEN = "decoder.layers.01"
-VISION_INSIDE = ("norm1", "attn.q_rope", "attn.k_rope", "attn.v", "attn.context", "attn.out", "norm2", "mlp.fc1",
-                 "mlp.act", "mlp.out")
-DECODER_INSIDE = ("input_norm", "attn.q_norm", "attn.k_norm", "attn.v", "attn.q_rope", "attn.k_rope", "attn.context",
-                  "attn.out", "post_norm", "mlp.gate", "mlp.up", "mlp.act", "mlp.out")
 KINDS = (("scene-211", "the published 211-token multimodal prompt", 211, 7),
          ("text-only", "zero embeds, start = 1<<30", 48, None),
          ("image-first", "nothing before the image", 214, 0), ("late-image", "image after a long text", 330, 120),
@@ -31,67 +35,51 @@ KINDS = (("scene-211", "the published 211-token multimodal prompt", 211, 7),
          ("non-ascii", "CJK, emoji, combining marks", 224, 9), ("wide", "a grid that is not square", 211, 7))
 POLICY = {"name": "release", "allow_skip": [], "allow_unanswered": [], "min_cases": 1,
           "modes": ["fp16", "int8hu", "int8lin"]}
+ENGINE = "coreai-cpu:int8hu*:h256"
 _BOUNDS = (("vision", "local.worst_token", 2e-5, 3.1e-6, "*", "*"),
            ("vision", "accumulated.worst_token", 3e-4, 4.4e-5, "*", "*"),
            ("vision", "local.rel_l2", 6e-6, 9e-7, "*", "*"), ("decoder", "local.worst_token", 2e-5, 2.4e-6, "*", "*"),
            ("decoder", "accumulated.worst_token", 2e-4, 2.9e-5, "*", "*"),
            ("decoder", "accumulated.worst_token", 6e-4, 8.8e-5, "logits", "*"),
-           ("decode", "worst_token", 2e-4, 2.9e-5, "kv.*", "*"),
-           ("quantized", "worst_token", 0.35, 0.19, "*", "int8hu"),
-           ("engine", "worst_token", 0.03, 0.0085, "*", "coreai-cpu"), ("headroom", "fraction", 0.5, 0.11, "*", "*"),
-           ("tokens", "tie_margin", 0.05, 0.021, "tokens", "*"))
+           ("decode", "worst_token", 2e-4, 2.9e-5, "kv.*", "*"), ("decode", "kl", 1e-6, 1e-8, "kl", "*"),
+           ("decode", "tie_margin", 0.001, 0.0005, "tokens", "*"),
+           ("quantized", "worst_token", 0.35, 0.19, "*", "int8hu"), ("quantized", "kl", 0.1, 0.02, "kl", "int8hu"),
+           ("quantized", "tie_margin", 1.5, 0.4, "tokens", "int8hu"),
+           ("engine", "worst_token", 0.03, 0.0085, "*", ENGINE), ("headroom", "fraction", 0.5, 0.11, "*", "*"),
+           ("tokens", "tie_margin", 0.05, 0.021, "tokens", ENGINE))
+BOUNDS = Bounds([Bound(*row[:4], "because", "2026-11-18", *row[4:]) for row in _BOUNDS])
 
 
-def seams(layers: int, vision_layers: int, inside: bool) -> tuple[list[str], list[str]]:
-    """Vision and decoder seams as `harness.trace` orders them."""
-    vision, decoder = ["vision.embed"], ["decoder.embed"]
-    for layer in range(vision_layers):
-        vision += [f"vision.layers.{layer:02d}.{part}" for part in VISION_INSIDE if inside]
-        vision += [f"vision.layers.{layer:02d}"]
-        vision += [f"vision.deepstack.{layer // 2}"] * (layer % 2 == 1 and layer < 6)
-    for layer in range(layers):
-        decoder += [f"decoder.layers.{layer:02d}.{part}" for part in DECODER_INSIDE if inside]
-        decoder += [f"decoder.layers.{layer:02d}"] + [f"decoder.layers.{layer:02d}.deepstack"] * (layer < 3)
-    return [*vision, "vision.merger"], [*decoder, "decoder.norm", "logits"]
+def shape(layers: int, vision_layers: int) -> Geometry:
+    """A geometry of these depths."""
+    taps = tuple(tap for tap in (1, 3, 5) if tap < vision_layers)[:layers]
+    return Geometry(vocab=151936, hidden=256, layers=layers, heads=8, kv_heads=2, head_dim=128, intermediate=768,
+                    rms_eps=1e-6, rope_theta=5e6, mrope_section=(24, 20, 20), tied=False, max_positions=4096,
+                    image_token=151655, vision_layers=vision_layers, vision_hidden=64, vision_heads=4,
+                    vision_intermediate=172, vision_act="gelu_pytorch_tanh", patch=16, temporal_patch=2, merge=2,
+                    channels=3, position_rows=2304, deepstack_taps=taps)
 
 
-def _distance(value: float, rng: random.Random, tokens: int) -> dict[str, Any]:
-    total = value * rng.uniform(0.2, 0.4)
-    return {"cosine": 1 - min(1.0, total**2 / 2), "worst_token_cosine": 1 - min(1.0, value**2 / 2),
-            "cosine_gap": total**2 / 2, "rel_l2": total, "worst_token": value,
-            "worst_token_at": rng.randrange(tokens), "worst_channel": value * 1.3,
-            "worst_channel_at": [rng.randrange(128)], "norm_drift": total / 9, "max_abs": value * 7,
-            "max_abs_at": [rng.randrange(tokens), rng.randrange(128)],
-            "psnr": -20 * math.log10(total) if total else math.inf, "reference_max": 41.5, "reference_nonfinite": 0,
-            "candidate_nonfinite": 0, "tokens": tokens}
+def _distance(value: float, rng: random.Random, tokens: int) -> Distance:
+    total = value * rng.uniform(0.2, 0.25)
+    return Distance(1 - min(1.0, total**2 / 2), 1 - min(1.0, value**2 / 2), total**2 / 2, total, value,
+                    rng.randrange(tokens), value * 1.3, (rng.randrange(128),), total / 9, value * 7,
+                    (rng.randrange(tokens), rng.randrange(128)), -20 * math.log10(total) if total else math.inf, 41.5, 0, 0,
+                    tokens)
 
 
-def _bound(rung: str, metric: str, seam: str) -> float:
-    return [row[2] for row in _BOUNDS if row[:2] == (rung, metric) and fnmatchcase(seam, row[4])][-1]
-
-
-def _seam(rung: str, case: str, seam: str, ways: dict[str, float], image: bool, rng: random.Random) -> Verdict:
-    figures: dict[str, Any] = {}
-    worst = ("", 0.0, 1.0)
+def _seam(rung: str, case: str, seam: str, ways: dict[str, float], image: bool, rng: random.Random,
+          engine: str = "") -> Verdict:
+    """A verdict decided as the ladder decides, on figures made up."""
+    measured = {}
     for way, value in ways.items():
-        parts = {"all": _distance(value, rng, 211)}
+        measured[way] = {"all": _distance(value, rng, 211)}
         if image and not seam.startswith("vision."):
-            parts |= {"image": _distance(value, rng, 196), "text": _distance(value * rng.uniform(0.2, 0.7), rng, 15)}
-        figures[way] = parts
-        metric = f"{way}.worst_token" if way else "worst_token"
-        bound = _bound(rung, metric, seam)
-        if value / bound >= worst[1] / worst[2]:
-            worst = (metric, value, bound)
-    metric, value, bound = worst
-    good = value <= bound
-    reason = f"{metric} {value:.3g} {'within' if good else 'exceeds'} {bound:.3g}"
-    if not good:
-        reason += f" over image tokens; worst token 57, largest difference {value * 7:.3g} at [57, 33]"
-    outcome = Outcome.PASS if good else Outcome.FAIL
-    return Verdict(rung, case, seam, outcome, reason, metric, value, bound, figures=figures)
+            measured[way] |= {"image": _distance(value, rng, 196), "text": _distance(value * rng.uniform(0.2, 0.7), rng, 15)}
+    return decide(rung, case, seam, measured, BOUNDS.at(rung, seam, engine))
 
 
-def _tower(rung: str, case: str, names: list[str], image: bool, broken: str | None,
+def _tower(rung: str, case: str, names: Sequence[str], image: bool, broken: str | None,
            rng: random.Random) -> Iterator[Verdict]:
     base, after = 4e-7, False
     for at, seam in enumerate(names):
@@ -102,6 +90,50 @@ def _tower(rung: str, case: str, names: list[str], image: bool, broken: str | No
         if seam.endswith(".embed"):
             local = accumulated = 0.0
         yield _seam(rung, case, seam, {"local": local, "accumulated": accumulated}, image, rng)
+
+
+def _greedy(rung: str, case: str, flips: Mapping[int, float], tie: float) -> Verdict:
+    """Tokens of 24 steps; `flips` are steps with their gap."""
+    logits = np.zeros((24, 3))
+    logits[:, 0] = 5.0
+    candidate = logits.copy()
+    for step, gap in flips.items():
+        logits[step, 1], candidate[step, 1] = 5.0 - gap, 9.0
+    return greedy(rung, case, "tokens", np.zeros(24, dtype=int), logits, candidate, tie)
+
+
+def _verdicts(rung: str, case: str, seams: Sequence[str], image: bool, broken: str | None,
+              rng: random.Random) -> Iterator[Verdict]:
+    """What a rung answers of a case: every planned seam."""
+    if rung in ("vision", "decoder"):
+        yield from _tower(rung, case, seams, image, broken, rng)
+        return
+    for at, seam in enumerate(seams):
+        if seam == "tokens":
+            flip = broken is not None and (rung, case) == ("tokens", "scene-211")
+            near = {4: 0.011} if rung == "tokens" and case == "long-text" else {}
+            yield _greedy(rung, case, {9: 6.2} if flip else near,
+                          {"decode": 0.001, "quantized": 1.5, "tokens": 0.05}[rung])
+        elif seam == "kl":
+            yield Verdict(rung, case, seam, Outcome.PASS, "KL at most 2e-9 nats", "kl", 2e-9,
+                          BOUNDS.limit(rung, "kl", "kl", "int8hu"))
+        elif rung == "decode":
+            yield _seam(rung, case, seam, {"": 3e-6 * rng.uniform(1, 4)}, image, rng)
+        elif rung == "engine":
+            wide = case.endswith(SHARP)
+            yield _seam(rung, case, seam, {"": (2e-6 if wide else 0.002) * rng.uniform(0.5, 3)}, image, rng,
+                        engine_key("coreai-cpu", "int8hu", 256, wide))
+        elif seam == "mode":
+            yield Verdict(rung, case, seam, Outcome.PASS, "int8hu is among the policy's modes")
+        elif rung == "quantized":
+            yield _seam(rung, case, seam, {"": 0.02 + 0.12 * at / len(seams) * rng.uniform(0.8, 1.2)}, image, rng, "int8hu")
+        elif rung == "headroom":
+            largest = rng.uniform(1, 3000)
+            yield Verdict(rung, case, seam, Outcome.PASS, f"largest magnitude {largest:.4g} of 65504", "fraction",
+                          largest / 65504.0, 0.5, figures={"largest": {"scene-211": largest}, "at": [3, 77]})
+        else:
+            stored = {"stored": "float32" if case == "graph" else "int8 x 32"} if rung == "weights" else {}
+            yield Verdict(rung, case, seam, Outcome.PASS, "48 values equal", "mismatches", 0.0, 0.0, figures=stored)
 
 
 def _tokens(case: str, length: int, flip: bool, rng: random.Random) -> dict[str, Any]:
@@ -147,9 +179,8 @@ def make(layers: int = 8, vision_layers: int = 6, cases: int = 10, inside: bool 
     rng = random.Random(seed)
     kinds = [KINDS[at % len(KINDS)] for at in range(cases)]
     kinds = [(kind[0] if at < len(KINDS) else f"{kind[0]}-{at}", *kind[1:]) for at, kind in enumerate(kinds)]
-    vision, decoder = seams(layers, vision_layers, inside)
-    stream = [seam for seam in decoder if seam.count(".") < 3 or seam.endswith(".deepstack")]
-    cache = [f"kv.{part}.{layer:02d}" for layer in range(layers) for part in ("keys", "values")]
+    geometry = shape(layers, vision_layers)
+    stream = decoder_seams(geometry)
     command = f"harness gate {name} --bundle exports/{name}_decode_int8hu_s1 --out reports/x"
     run = Run(command=command, created="2026-11-20T09:12:44+00:00",
               tool={"version": "0.1.0", "commit": "3f2a9c1b77de"},
@@ -159,48 +190,31 @@ def make(layers: int = 8, vision_layers: int = 6, cases: int = 10, inside: bool 
                    "because": "largest of four benign variants (SDPA kernel, summation order, fused qkv, seed)",
                    "date": "2026-11-18"} for rung, metric, limit, noise, where, engine in _BOUNDS]
     run.engine = {"name": "coreai-cpu", "version": "1.0.0b3", "platform": "Linux x86_64"}
-    digest = "ab12cd34ef56" * 5
-    run.subject = {"checkpoint": {"name": name, "revision": "9f8e7d6c5b4a3920", "digest": digest, "geometry": {
-                       "layers": layers, "hidden": 256, "vision_layers": vision_layers, "tied": False}},
-                   "oracle": {"digest": "77" * 32, "identity": "transformers 5.23.0 float32 eager"}, "mode": "int8hu",
-                   "graph": "harness.graph.reference:factory",
+    digest = ("ab12cd34ef56" * 6)[:64]
+    run.subject = {"checkpoint": {"name": name, "revision": "9f8e7d6c5b4a3920", "digest": digest,
+                                  "geometry": geometry.record()},
+                   "oracle": {"digest": "77" * 32, "identity": "transformers 5.23.0 float32 eager"},
+                   "mode": "int8hu", "exported": True, "graph": "harness.graph.reference:factory",
                    "bundle": {"name": f"{name}_decode_int8hu_s1", "digest": "5c" * 32, "bytes": 11_482_112,
                               "mode": "int8hu"},
-                   "vision_bundle": {"name": f"{name}_vision", "digest": "6d" * 32, "bytes": 3_120_000}}
+                   "vision_bundle": {"name": f"{name}_vision", "digest": "6d" * 32, "bytes": 3_120_000,
+                                     "mode": "fp16"}}
     for case, why, length, first in kinds:
         image = first is not None
         row = {"name": case, "why": why, "length": length, "prompt": "Describe the scene.\nWhat is left of the circle?",
+               "engine": True,
                "image": {"grid": [14, 14], "first": first, "count": 196, "thumbnail": _picture()} if image else None}
         run.cases.append(row)
-        exact = [("contract", "host.positions"), ("contract", "graph.positions"), ("inputs", "ids")]
-        run.verdicts += [Verdict(rung, case, seam, Outcome.PASS, f"{length} values equal", "mismatches", 0.0, 0.0)
-                         for rung, seam in exact]
-        if image:
-            run.verdicts += _tower("vision", case, vision, True, broken, rng)
-        run.verdicts += _tower("decoder", case, decoder, image, broken, rng)
-        run.verdicts += [Verdict("decode", case, "tokens", Outcome.PASS, "24/24 tokens equal", "flips", 0.0, 0.0),
-                         Verdict("decode", case, "kl", Outcome.PASS, "KL at most 2e-9 nats", "kl", 2e-9, 1e-6)]
-        run.verdicts += [_seam("decode", case, seam, {"": 3e-6 * rng.uniform(1, 4)}, image, rng) for seam in cache]
-        price = [0.02 + 0.12 * at / len(stream) * rng.uniform(0.8, 1.2) for at in range(len(stream))]
-        run.verdicts += [_seam("quantized", case, seam, {"": value}, image, rng) for seam, value in zip(stream, price)]
-        run.verdicts += [_seam("engine", case, seam, {"": 0.002 * rng.uniform(0.5, 3)}, image, rng)
-                         for seam in [*stream, *cache]]
-        flip = broken is not None and case == "scene-211"
-        reason = "23/24 tokens equal; step 9 gives 77 where 1412 is right" if flip else "24/24 tokens equal"
-        run.verdicts.append(Verdict("tokens", case, "tokens", Outcome.FAIL if flip else Outcome.PASS, reason, "flips",
-                                    float(flip), 0.0))
-        run.tokens.append(_tokens(case, length, flip, rng))
+        run.tokens.append(_tokens(case, length, broken is not None and case == "scene-211", rng))
         run.heat.append(_heat(case, length, first, stream, broken, rng))
-    for part, names in (("graph", vision + decoder), ("bundle", decoder)):
-        for tensor in names:
-            error = 0.0 if part == "graph" else rng.uniform(1e-4, 8e-3)
-            run.weights.append({"part": part, "tensor": f"{tensor}.weight", "error": error, "outcome": "PASS",
-                                "stored": "float32" if part == "graph" else "int8 x 32"})
-            run.verdicts.append(Verdict("weights", part, f"{tensor}.weight", Outcome.PASS, "equal", "steps",
-                                        0.0 if part == "graph" else rng.uniform(0.2, 0.499), 0.5))
-    run.verdicts += [Verdict("headroom", "all-cases", seam, Outcome.PASS, "largest magnitude 812 of 65504", "fraction",
-                             rng.uniform(1e-5, 0.05), 0.5, figures={"largest": {"scene-211": 812.0}, "at": [3, 77]})
-                     for seam in [*vision, *decoder]]
+    images = {row["name"]: bool(row["image"]) for row in run.cases}
+    plan = planned(geometry, {name: Kind(image, True) for name, image in images.items()}, "int8hu", True)
+    for (rung, case), names in plan.items():
+        if inside and rung in ("vision", "decoder"):
+            names = (vision_seams if rung == "vision" else decoder_seams)(geometry, inside=True)
+        run.verdicts += _verdicts(rung, case, names, images.get(case.removesuffix(SHARP), False), broken, rng)
+    run.weights = [{"part": verdict.case, "tensor": verdict.seam, "outcome": "PASS", "stored": verdict.figures["stored"],
+                    "error": 0.0 if verdict.case == "graph" else rng.uniform(1e-4, 8e-3)} for verdict in run.of("weights")]
     run.speed = {"prefill_tok_s": 412.5, "decode_tok_s": 398.1, "cold_load_s": 1.91, "warm_load_s": 0.42,
                  "bundle_bytes": 11_482_112, "bytes_per_token": 10_900_000, "vision_s": 0.31,
                  "bandwidth_gb_s": 38.0, "engine": "coreai-cpu 1.0.0b3",

@@ -57,6 +57,14 @@ def test_a_command_to_type_can_be_typed(command):
     parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
+def test_pictures_are_small_and_made_by_the_script():
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    script = (ROOT / "reports" / "screenshots" / "make.py").read_text(encoding="utf-8")
+    assert len(named) >= 4 and all(path.startswith("reports/screenshots/") for path in named)
+    assert all(f'"{Path(path).name}"' in script and (ROOT / path).stat().st_size <= 200_000 for path in named)
+    assert {path.name for path in (ROOT / "reports" / "screenshots").glob("*.png")} == {Path(path).name for path in named}
+
+
 def test_every_verb_is_in_the_readme():
     assert set(VERBS) <= {command.split()[1] for command in mentions()}
 

@@ -93,7 +93,7 @@ def test_the_record_counts_and_judges(bench):
     results = [bench.try_out(named(name)) for name in ("one_row_stale", "text_stripped")]
     made = record(results, [], "harness faults", {})
     assert [row["caught"] for row in tally(results)] == [1, 1, 2] and passed(made)
-    assert "| weights | 1 | 1 | 1 | 1 of 1 |" in markdown(made)
+    assert "| weights | 1 | 1 | 1 | 1 of 1 | " in markdown(made)
     results[0].outcome, results[0].block, results[0].op = "PASS", False, False
     missed = record(results, [], "harness faults", {})
     assert not passed(missed) and "## Missed" in markdown(missed) and "one_row_stale" in markdown(missed)

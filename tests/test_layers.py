@@ -9,13 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cases bundle threads", "graph.contract",
-         "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
-         "gate", "options", "background", "shipped", "benign", "subject", "probes", "rungs", "zoom report calibrate",
-         "session", "faults", "terminal doctor arguments", "cli pytest_plugin"]
+         "store host graph", "engines", "oracle export engines.*", "bounds plan ladder greedy localize audit",
+         "policy run", "recheck signing", "gate", "options attest", "background", "shipped", "benign", "subject",
+         "probes", "rungs causes", "scenes", "zoom report calibrate exhibits", "session rerender", "faults",
+         "terminal doctor arguments checking", "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
 JUDGES = {"metrics", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",
-          "audit"}
+          "audit", "plan", "recheck"}
 HEAVY = {"torch", "transformers", "coreai", "coreai_torch", "coreai_opt"}
 
 

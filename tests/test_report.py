@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.errors import HarnessError
-from harness.report import render_card, render_compare, render_html, render_index, render_markdown
+from harness.gate import verify
+from harness.report import render_annotations, render_card, render_compare, render_html, render_index, render_markdown
 from harness.report.plain import figure
 
 MIB = 2**20
@@ -185,6 +186,11 @@ def _small() -> tuple[str, list[tuple]]:
     return json.dumps(record), _places(record)[1:]
 
 
+@cache
+def _certificate() -> dict[str, Any]:
+    return signed(json.loads(_small()[0]))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_broken_record_is_a_page_or_a_sentence(data):
@@ -199,11 +205,12 @@ def test_any_broken_record_is_a_page_or_a_sentence(data):
             target[last] = data.draw(JUNK)
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took this place away
-    for render in (render_html, render_markdown, render_card):
+    for render in (render_html, render_markdown, render_card, render_annotations):
         try:
             assert render(record)
         except HarnessError as error:
             assert error.what and "\n" not in str(error)
+    assert all(isinstance(sentence, str) for sentence in verify(record, _certificate(), bounds=fake_run.BOUNDS))
 
 
 def test_the_tiny_run_and_an_8b_run_are_lean():

@@ -7,14 +7,17 @@ import struct
 import zlib
 
 import pytest
-from fake_run import BROKEN, record_of
+from fake_run import BROKEN, record_of, signed
 
+from harness.cli import main
 from harness.report import render_compare
+from harness.report.commands import again, commands
 from harness.report.heat import heat_maps
 from harness.report.plain import cosine, figure, size
 from harness.report.png import INFINITE, NOTHING, data_uri, level
+from harness.report.read import read
 from harness.report.series import ladder, owner
-from harness.run import run_from_record
+from harness.run import run_from_record, write_json
 
 
 def test_a_ladder_is_the_worst_over_cases_with_its_place():
@@ -101,3 +104,28 @@ def test_figures(value, words):
 def test_a_cosine_is_cut_never_rounded_up():
     assert cosine(0.9999999) == "0.999999" and cosine(1.0) == "1.000000"
     assert size(8_700_000_000) == "8.7 GB" and size(999) == "999 B" and size(-1) == "–"
+
+
+@pytest.mark.parametrize("command, ladder, folder", [
+    ("harness gate model --mode fp16 --out r/x", "harness ladder model --mode fp16 --rung decoder", "r/x"),
+    ("pytest /a/ladders/ --tb=short --report=r/y --graph=p.q:f --checkpoint m",
+     "harness ladder m --graph p.q:f --rung decoder", "r/y"),
+    ("harness gate --bundle a/b_s1/", "harness ladder --bundle a/b_s1/ --rung decoder", "reports/qwen3-vl-tiny-b_s1"),
+    ("harness 'torn", "harness ladder --rung decoder", "reports/qwen3-vl-tiny-int8hu")])
+def test_commands_are_those_of_the_run(command, ladder, folder):
+    record = record_of("healthy") | {"command": command}
+    judged = read(record)
+    told = dict(commands(judged))
+    assert told["rung decoder"] == again(judged)["decoder"] == ladder
+    assert told["the rows for a model card"] == f"harness report {folder} --card"
+
+
+def test_an_index_lists_a_folder_that_cannot_be_read(tmp_path, capsys):
+    write_json(tmp_path / "good" / "run.json", record_of("healthy"))
+    write_json(tmp_path / "good" / "certificate.json", signed(record_of("healthy")))
+    for name, text in (("torn", "{"), ("list", "[]"), ("nan", '{"schema": NaN}')):
+        write_json(tmp_path / name / "certificate.json", {})
+        (tmp_path / name / "run.json").write_text(text)
+    assert main(["report", "--index", str(tmp_path)]) == 0 and "4 runs" in capsys.readouterr().out
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "./good/report.html" in page and page.count("torn") >= 1 and "must be a JSON object" in page

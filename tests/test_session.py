@@ -70,7 +70,8 @@ def climbed(monkeypatch, *checks: Check, subject: Nothing | None = None) -> Run:
 
 
 def passing(rung: str, seam: str = "ids") -> Check:
-    return Check(rung, {"a": [seam]}, lambda case: [Verdict(rung, case, seam, Outcome.PASS, "equal")])
+    return Check(rung, {"a": [seam]}, lambda case: [Verdict(rung, case, seam, Outcome.PASS, "equal",
+                                                              "mismatches", 0.0, 0.0)])
 
 
 def outcomes(run: Run) -> list[tuple[str, str, str]]:

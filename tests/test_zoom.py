@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from random_models import write_checkpoint
 
 from harness import subject as subjects
@@ -82,23 +83,37 @@ def swapped_planes(graph):
     graph.decoder.rope.planes = lambda *given: planes(*given)[[0, 2, 1]]
 
 
+def late_mask(graph):
+    attention = graph.decoder.layers[0].self_attn
+    attend = attention.attend
+
+    def strict(q, k, v, visible):
+        first = torch.zeros_like(visible)
+        first[0, 0] = True
+        return attend(q, k, v, visible.tril(-1) | first)
+
+    attention.attend = strict
+
+
 def exchanged_taps(graph):
     mergers = graph.vision.deepstack_merger_list
     mergers[0], mergers[1] = mergers[1], mergers[0]
 
 
-@pytest.mark.parametrize("fault, rung, seam, op", [
-    (scale, "decoder", "decoder.layers.02", "decoder.layers.02.attn.context"),
-    (stale_row, "decoder", "decoder.layers.01", "decoder.layers.01.mlp.out"),
-    (lost_bias, "vision", "vision.layers.02", "vision.layers.02.mlp.fc1"),
-    (eps, "decoder", "decoder.layers.03", "decoder.layers.03.post_norm"),
-    (swapped_planes, "decoder", "decoder.layers.00", "decoder.layers.00.attn.q_rope"),
-    (exchanged_taps, "vision", "vision.deepstack.0", "vision.deepstack.0.norm")])
-def test_a_fault_is_named_by_seam_and_op(fault, rung, seam, op, options, oracle):
+@pytest.mark.parametrize("fault, rung, seam, op, cause", [
+    (scale, "decoder", "decoder.layers.02", "decoder.layers.02.attn.context", "scaled 1.05 times too much"),
+    (stale_row, "decoder", "decoder.layers.01", "decoder.layers.01.mlp.out", "channel 11 is zero"),
+    (lost_bias, "vision", "vision.layers.02", "vision.layers.02.mlp.fc1", "the bias is missing"),
+    (eps, "decoder", "decoder.layers.03", "decoder.layers.03.post_norm", "eps is 0.1, not"),
+    (swapped_planes, "decoder", "decoder.layers.00", "decoder.layers.00.attn.q_rope", "h and w are exchanged"),
+    (exchanged_taps, "vision", "vision.deepstack.0", "vision.deepstack.0.norm", "weights of DeepStack merger 1"),
+    (late_mask, "decoder", "decoder.layers.00", "decoder.layers.00.attn.context", "mask is strict")])
+def test_a_fault_is_named_by_seam_op_and_cause(fault, rung, seam, op, cause, options, oracle):
     verdicts, rows = broken_by(fault, options, oracle)
     row = rows[rung]
     assert (row["seam"], row["op"], row["inherited"]) == (seam, op, False)
-    assert row["cause"] and f"--rung {rung} --case picture" in row["reproduce"]
+    assert cause in row["cause"] and "tried out" in row["cause"]
+    assert f"--rung {rung} --case picture" in row["reproduce"]
     assert first_broken(verdicts, rung, "picture").seam == seam
 
 

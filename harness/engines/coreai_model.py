@@ -6,6 +6,7 @@ Only child processes import this: bad bytes abort the runtime, and so the proces
 from __future__ import annotations
 
 import math
+import hashlib
 import os
 import platform
 import sys
@@ -155,7 +156,7 @@ async def load(asset: Path, compute_unit: str) -> tuple[Function, dict[str, Any]
     function = Function(await runtime.AIModel.load(compiled, options), asset)
     return function, {"import_s": imported - started, "cold_load_s": cold - imported,
                       "warm_load_s": time.perf_counter() - cold, "compute_unit": compute_unit,
-                      "runtime": _version(), "platform": f"{platform.system()} {platform.machine()}",
+                      "runtime": _version(), "build": _build(), "platform": f"{platform.system()} {platform.machine()}",
                       "python": platform.python_version(), "cpus": os.cpu_count(),
                       "asset_bytes": sum(file.stat().st_size for file in asset.rglob("*") if file.is_file())}
 
@@ -177,6 +178,18 @@ def _version() -> str:
     from importlib.metadata import version
 
     return f"coreai-core {version('coreai-core')}"
+
+
+def _build() -> str | None:
+    """sha256 of the installed runtime's file list, in which every file has its own: which build computed this."""
+    from importlib.metadata import distribution
+
+    listed = distribution("coreai-core").read_text("RECORD")
+    if listed is None:
+        return None
+    # Byte code is written by whoever imports first; it is no part of the build.
+    lines = sorted(line for line in listed.splitlines() if line and "__pycache__" not in line)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _port(about: Any) -> Port:

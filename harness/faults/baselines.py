@@ -1,11 +1,14 @@
-"""What people do today, on the same faults: three common gates over one prompt.
+"""What people do today, on the same faults: four common gates over one prompt.
 
 cosine: whole-tensor cosine >= 0.999 at every layer of one image prompt, and 16 greedy tokens, as ports of this family
-publish it. allclose: final logits within rtol 1e-5 and atol 1e-3, coreai-torch's default. last: cosine >= 0.999 of the
-last position's logits.
+publish it. allclose: final logits within rtol 1e-5 and atol 1e-3, coreai-torch's default. polygraphy: final logits
+through Polygraphy's own comparison at its defaults (rtol and atol 1e-5, element by element), where it is installed (the
+`test` extra). last: cosine >= 0.999 of the last position's logits.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -14,7 +17,8 @@ from harness.metrics import distance
 from harness.subject import Subject
 from harness.trace import Trace, decoder_seams, vision_seams
 
-GATES = ("cosine", "allclose", "last")
+GATES = {"cosine": "cosine 0.999 + 16 tokens", "allclose": "allclose", "polygraphy": "Polygraphy", "last": "last logits"}
+"""Name and heading of each gate."""
 LEAST, TOKENS = 0.999, 16
 RTOL, ATOL = 1e-5, 1e-3
 
@@ -42,6 +46,7 @@ def verdicts(subject: Subject, on_engine: bool) -> dict[str, bool | None]:
     prompt, theirs = reference["logits"][:length], found["logits"][:length]
     return {"cosine": not (layers and list(chosen) == list(tokens[:TOKENS])),
             "allclose": not np.allclose(theirs, prompt, rtol=RTOL, atol=ATOL),
+            "polygraphy": _polygraphy(prompt, theirs),
             "last": not distance(prompt[-1:], theirs[-1:]).cosine >= LEAST}
 
 
@@ -49,3 +54,15 @@ def _cosine(reference: Trace, found: Trace, seam: str) -> float:
     if reference[seam].shape != found[seam].shape:
         return -1.0
     return distance(reference[seam], found[seam]).cosine
+
+
+def _polygraphy(prompt: np.ndarray, theirs: np.ndarray) -> bool | None:
+    """Whether Polygraphy's default comparison stops these logits; None where it is not installed."""
+    if find_spec("polygraphy") is None:
+        return None
+    from polygraphy.comparator import IterationResult, SimpleCompareFunc
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    results = (IterationResult({"logits": array}, runner) for array, runner in ((theirs, "converted"), (prompt, "reference")))
+    return not all(SimpleCompareFunc()(*results).values())

@@ -19,7 +19,7 @@ from harness.options import Options
 from harness.run import machine, tool
 from harness.subject import Subject
 
-SCHEMA = 1
+SCHEMA = 2
 FAST = ("scene-211", "wide", "long-text")
 """Cases of the fast subset: one image, one that is not square, one long text."""
 FAST_EACH = 2
@@ -116,7 +116,8 @@ def tally(results: Sequence[Result]) -> list[dict[str, Any]]:
         rows.append({"kind": kind, "faults": len(real), "caught": sum(one.caught for one in real),
                      "rung": sum(one.rung for one in real), "block": sum(one.block for one in real),
                      "with_op": len(with_op), "op": sum(bool(one.op) for one in with_op),
-                     "seen": sum(bool(one.gates) for one in real),
+                     "explained": sum("tried out" in one.cause for one in real),
+                     "seen": {gate: sum(one.gates.get(gate) is not None for one in real) for gate in GATES},
                      **{gate: sum(bool(one.gates.get(gate)) for one in real) for gate in GATES}})
     return rows
 
@@ -135,12 +136,16 @@ def markdown(record: dict[str, Any]) -> str:
     """The table, what was missed, and what was named otherwise."""
     lines = ["# Detection power", "", f"Made by `{record['command']}` on {record['created'][:10]}, "
              f"{record['machine']['cpu']}, {record['seconds']:.0f} s of trials.", "",
-             "| class | faults | caught | block named | op named | cosine 0.999 + 16 tokens | allclose | last logits |",
-             "|---|---|---|---|---|---|---|---|"]
+             f"| class | faults | caught | block named | op named | cause found | {' | '.join(GATES.values())} |",
+             "|---|---|---|---|---|---|" + "---|" * len(GATES)]
     for row in record["classes"]:
-        gates = [f"{row[gate]} of {row['seen']}" if row["seen"] else "does not look" for gate in GATES]
+        gates = [f"{row[gate]} of {row['seen'][gate]}" if row["seen"][gate] else "does not look" for gate in GATES]
         ops = f"{row['op']} of {row['with_op']}" if row["with_op"] else "-"
-        lines.append(f"| {row['kind']} | {row['faults']} | {row['caught']} | {row['block']} | {ops} | {' | '.join(gates)} |")
+        lines.append(f"| {row['kind']} | {row['faults']} | {row['caught']} | {row['block']} | {ops} | {row['explained']} | {' | '.join(gates)} |")
+    stopped = {gate: [one["fault"] for one in record["controls"] if one["gates"].get(gate)] for gate in GATES}
+    lines += ["", "Cause found: the report names a mistake that it has tried out, and that gives the values seen.", "",
+              "Healthy, and yet stopped by a common gate: " + ("; ".join(
+                  f"{heading}: {', '.join(stopped[gate])}" for gate, heading in GATES.items() if stopped[gate]) or "none") + "."]
     benign = record["benign"]
     lines += ["", f"Equivalents and healthy controls: {len(benign['flagged'])} of {benign['tried']} flagged"
               + (f" ({', '.join(benign['flagged'])})" if benign["flagged"] else "") + "."]

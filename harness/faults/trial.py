@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.faults import Fault, baselines
 from harness.faults.place import matches, op, same_block
-from harness.faults.suspect import Host, Suspect
+from harness.faults.suspect import Host, Suspect, engine_key
 from harness.faults.tables import ship
 from harness.gate import fold
 from harness.localize import broken
@@ -39,7 +40,7 @@ class Result:
     """What came of one fault. outcome: FAIL or ERROR where the run was stopped, PASS where it was let through.
 
     named: rung and seam that the report would put first. block, op: whether these are right; None where the fault has
-    no op. gates: for each common gate whether it stops the fault, None where it does not look at this target.
+    no op. cause: what the report says of it. gates: for each common gate whether it stops the fault, None where it does not look at this target.
     """
 
     fault: str
@@ -55,6 +56,7 @@ class Result:
     rung: bool = False
     block: bool = False
     op: bool | None = None
+    cause: str = ""
     gates: dict[str, bool | None] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -101,7 +103,12 @@ class Bench:
             raise HarnessError(f"healthy, and yet {decision.reason}", where="the run that evidence is made of",
                                fix="calibrate the bounds for this checkpoint")
         run.policy, run.bounds = self.subject.policy.record(), self.subject.bounds.record()
-        run.subject = {"bundle": {"digest": BUNDLE}, "checkpoint": {"digest": self.subject.checkpoint.digest}}
+        run.subject = {"bundle": {"digest": BUNDLE}, "mode": suspect.mode, "exported": suspect.options.bundle is None,
+                       "checkpoint": {"digest": self.subject.checkpoint.digest,
+                                      "geometry": self.subject.geometry.record()}}
+        run.engine = {"name": engine_key(self.subject).split(":")[0]}
+        run.cases = [{"name": name, "image": bool(case.images), "engine": case.engine}
+                     for name, case in self.subject.cases.items()]
         return run
 
     @cached_property
@@ -136,6 +143,7 @@ class Bench:
             self._try(fault, result, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            gc.collect()  # a suspect and its loop hold each other; uncollected, the graphs of many trials pile up
         result.seconds = time.perf_counter() - started
         return result
 
@@ -235,6 +243,7 @@ def _name(fault: Fault, result: Result, subject: Subject, verdicts: Sequence[Ver
     first = next((row for row in rows if not row["inherited"]), rows[0] if rows else None)
     if first is not None:
         _settle(fault, result, first["rung"], first["seam"], first["op"], "FAIL", f"{first['case']}: {first['reason']}")
+        result.cause = first["cause"] or ""
         return
     stopped = next((one for one in verdicts if one.outcome is Outcome.ERROR or (
         one.outcome is Outcome.SKIP and not subject.policy.excuses(one))), None)

@@ -74,6 +74,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, self.groups = layer, geometry.head_dim, geometry.heads // geometry.kv_heads
         self.scale = geometry.head_dim**-0.5
+        # Which key-value head each query head reads. An index, because torch 2.11 cannot export repeat_interleave of a
+        # slice: it asks for a proof that head_dim * T is at most groups * head_dim * T.
+        self.register_buffer("shared", torch.arange(geometry.heads, device="cpu") // self.groups, persistent=False)
         self.q_proj = nn.Linear(geometry.hidden, geometry.heads * geometry.head_dim, bias=False)
         self.k_proj = nn.Linear(geometry.hidden, geometry.kv_heads * geometry.head_dim, bias=False)
         self.v_proj = nn.Linear(geometry.hidden, geometry.kv_heads * geometry.head_dim, bias=False)
@@ -108,7 +111,7 @@ class Attention(nn.Module):
         total, layer = visible.shape[1], self.layer
         state[layer:layer + 1] = torch.slice_scatter(state[layer:layer + 1], new.unsqueeze(0), 3,
                                                      total - new.shape[2], total)
-        return state[layer, :, :, :total].repeat_interleave(self.groups, dim=1)
+        return state[layer, :, :, :total].index_select(1, self.shared)
 
 
 class MLP(nn.Module):

@@ -13,13 +13,8 @@ from dataclasses import dataclass
 
 from harness.checkpoint import Checkpoint
 from harness.graph.protocol import Conversion
-from harness.trace import Depths, decoder_seams, vision_seams
-
-DECODER_OPS = ("input_norm", "attn.q_norm", "attn.k_norm", "attn.q_rope", "attn.k_rope", "attn.context", "post_norm",
-               "mlp.act")
-VISION_OPS = ("norm1", "attn.q_rope", "attn.k_rope", "attn.context", "norm2", "mlp.act")
-MERGER_OPS = ("norm", "act")
-CALLS = ("calls.chunked", "calls.repeated", "calls.slots")
+from harness.plan import CALLS, DECODER_OPS, MERGER_OPS, VISION_OPS
+from harness.plan import probed as planned
 
 
 @dataclass(frozen=True)
@@ -30,21 +25,6 @@ class Reading:
     error: float | None
     words: str
     lacking: str = ""
-
-
-def planned(depths: Depths) -> tuple[str, ...]:
-    """Seams that are probed: operations of every layer and merger, the cache of every layer, behaviour between calls."""
-    ops = {"vision.layers": VISION_OPS, "decoder.layers": DECODER_OPS, "vision.merger": MERGER_OPS,
-           "vision.deepstack": MERGER_OPS}
-    found = []
-    for seam in (*vision_seams(depths, inside=True), *decoder_seams(depths, inside=True)):
-        family = next((names for prefix, names in ops.items() if seam.startswith(prefix)), ())
-        if seam == "decoder.norm" or seam.endswith(tuple(f".{op}" for op in family)):
-            found.append(seam)
-        if seam.startswith("decoder.") and seam.endswith(".attn.context"):
-            layer = seam.split(".")[2]
-            found += [f"kv.keys.{layer}", f"kv.values.{layer}"]
-    return (*found, *CALLS)
 
 
 def probe(conversion: Conversion, checkpoint: Checkpoint, grid: tuple[int, int]) -> Iterator[Reading]:

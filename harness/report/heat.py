@@ -14,6 +14,9 @@ from harness.report.png import NOTHING, data_uri, level, palette
 from harness.run import Run
 
 MOST_TOKENS, MOST_SEAMS = 1200, 400
+MERGE = 2
+ZERO = -11.9
+"""Below this a logarithm stands for an error of zero: `harness.exhibits` cuts at 1e-12."""
 _PICTURE = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
 _LONGEST_PICTURE = 120_000
 Values = list[list[float | None]]
@@ -36,7 +39,10 @@ class Map:
     """One case's map: `uri` is one pixel a token and seam. Ranges are in tokens; `joined` tokens share a pixel."""
 
     case: str
+    part: str
     way: str
+    label: str
+    unit: str
     seams: list[str]
     names: list[tuple[int, str]]
     tokens: int
@@ -53,6 +59,12 @@ class Map:
     thumbnail: str | None
 
 
+LABELS = {("decoder", "accumulated"): "decoder, accumulated: the graph against the oracle",
+          ("decoder", "local"): "decoder, local: each layer fed the oracle's input",
+          ("decoder", "engine"): "inside the bundle: the engine against the twin",
+          ("vision", "accumulated"): "vision tower, accumulated: patches of the graph against the oracle"}
+
+
 @dataclass(frozen=True)
 class Scale:
     """Decades that the colours of one way of measuring span, the same for every case."""
@@ -64,15 +76,27 @@ class Scale:
 
 
 def heat_maps(run: Run) -> tuple[dict[str, Scale], list[Map]]:
-    """Scales by way and a map for each case that has one; rows that do not fit together are left out."""
+    """Scales by way, and the maps case by case; rows that do not fit together are left out."""
     cases = {row.get("name"): row for row in rows(run.cases) if isinstance(row.get("name"), str)}
     read = [(row, *_values(row)) for row in rows(run.heat)]
     read = [(row, seams, values) for row, seams, values in read if values and isinstance(row.get("case"), str)]
+    names = list(dict.fromkeys(row["case"] for row, _, _ in read))
     scales = {way: _scale([values for row, _, values in read if row.get("way") == way])
               for way in dict.fromkeys(row.get("way") for row, _, _ in read) if isinstance(way, str)}
+    order = {kind: number for number, kind in enumerate(LABELS)}
+    read.sort(key=lambda one: (names.index(one[0]["case"]),
+                               order.get((one[0].get("part", "decoder"), one[0].get("way")), len(order))))
     maps = [_map(row, seams, values, scales[row["way"]], mapping(cases.get(row["case"])))
             for row, seams, values in read if row.get("way") in scales]
     return scales, maps
+
+
+def by_case(maps: Sequence[Map]) -> list[tuple[str, list[Map]]]:
+    """The maps of each case together, in order."""
+    found: dict[str, list[Map]] = {}
+    for one in maps:
+        found.setdefault(one.case, []).append(one)
+    return list(found.items())
 
 
 def _values(row: Mapping[str, Any]) -> tuple[list[str], Values]:
@@ -89,12 +113,14 @@ def _values(row: Mapping[str, Any]) -> tuple[list[str], Values]:
 
 
 def _scale(tables: Sequence[Values]) -> Scale:
-    finite = [value for table in tables for values in table for value in values
-              if value is not None and math.isfinite(value)] or [0.0]
-    low, high = math.floor(min(finite)), math.ceil(max(finite))
-    high = max(high, low + 1)
+    """From the first percentile of what is not zero to the largest, in half decades: exact tokens must not use it up."""
+    finite = sorted(value for table in tables for values in table for value in values
+                    if value is not None and ZERO < value < math.inf) or [0.0]
+    low, high = math.floor(2 * finite[len(finite) // 100]) / 2, math.ceil(2 * finite[-1]) / 2
+    high = max(high, low + 0.5)
     stride = max(1, math.ceil((high - low) / 8))
-    ticks = [((power - low) / (high - low), f"1e{power}") for power in range(low, high + 1, stride)]
+    ticks = [((power - low) / (high - low), f"1e{power}")
+             for power in range(math.ceil(low), math.floor(high) + 1, stride)]
     return Scale(low, high, ticks, data_uri([bytes(range(0, 250))]))
 
 
@@ -106,14 +132,18 @@ def _map(row: Mapping[str, Any], seams: list[str], values: Values, scale: Scale,
     pixels = [bytes(level(_most(line[at:at + joined]), scale.low, scale.high) for at in range(0, tokens, joined))
               for line in values]
     stride = math.ceil(len(seams) / 24)
-    image, height, width = _image(case, tokens)
+    part = "vision" if row.get("part") == "vision" else "decoder"
+    image, height, width = _image(case, tokens) if part == "decoder" else _patches(row, tokens)
+    label = LABELS.get((part, row["way"]), f"{part}, {row['way'][:40]}")
     return Map(
-        case=row["case"], way=row["way"], seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
+        case=row["case"], part=part, way=row["way"], label=label, unit="patch" if part == "vision" else "token",
+        seams=seams, tokens=tokens, joined=joined, uri=data_uri(pixels), cut=cut,
         names=[(at, short_name(name)[:24]) for at, name in enumerate(seams) if at % stride == 0],
         worst_token=worst_token, worst_row=worst_row, worst_seam=seams[worst_row],
         worst=error(values[worst_row][worst_token]),
-        length=integer(case.get("length")), image=image, thumbnail=_thumbnail(case),
-        grids=_grids(seams, values, image, height, width, scale) if image else [])
+        length=integer(case.get("length")) if part == "decoder" else None, image=image, thumbnail=_thumbnail(case),
+        grids=_grids(seams, values if part == "decoder" else _by_rows(values, height, width), image, height, width, scale)
+        if image else [])
 
 
 def _most(values: Sequence[float | None]) -> float | None:
@@ -129,6 +159,8 @@ def _worst(values: Values) -> tuple[int, int]:
 
 def error(logarithm: float | None) -> str:
     """An error from its logarithm."""
+    if logarithm is not None and logarithm <= ZERO:
+        return "0"
     if logarithm is None or not math.isfinite(logarithm):
         return figure(logarithm if logarithm is None or logarithm > 0 else 0.0)
     return figure(10.0**max(-300.0, min(300.0, logarithm)))
@@ -144,6 +176,24 @@ def _image(case: Mapping[str, Any], tokens: int) -> tuple[tuple[int, int] | None
     if height * width == 4 * count:
         height, width = height // 2, width // 2
     return ((first, first + count), height, width) if height * width == count else (None, 0, 0)
+
+
+def _patches(row: Mapping[str, Any], tokens: int) -> tuple[tuple[int, int] | None, int, int]:
+    """The tower's own grid of patches; None where it does not fit the row."""
+    grid = row.get("grid")
+    height, width = (integer(side) or 0 for side in grid) if isinstance(grid, list) and len(grid) == 2 else (0, 0)
+    good = height * width == tokens and height % MERGE == 0 and width % MERGE == 0 and tokens
+    return ((0, tokens), height, width) if good else (None, 0, 0)
+
+
+def _by_rows(values: Values, height: int, width: int) -> Values:
+    """Patches row by row; a tower holds them block by block, MERGE x MERGE patches each (`harness.host.make_patches`)."""
+    if not height:
+        return values
+    across = width // MERGE
+    places = [((y // MERGE * across + x // MERGE) * MERGE + y % MERGE) * MERGE + x % MERGE
+              for y in range(height) for x in range(width)]
+    return [[line[place] for place in places] for line in values]
 
 
 def _grids(seams: Sequence[str], values: Values, image: tuple[int, int], height: int, width: int,

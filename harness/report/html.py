@@ -1,4 +1,4 @@
-"""The parity report as one HTML file that asks nothing of the network: pictures, tables, and thirty lines of script."""
+"""The parity report as one HTML file that asks nothing of the network: pictures, tables, and one small script."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from harness.ladder import RUNGS
 from harness.report import plain, view
-from harness.report.heat import colours, heat_maps
+from harness.report.commands import again, commands
+from harness.report.heat import by_case, colours, heat_maps
 from harness.report.picture import draw
 from harness.report.read import guarded, read
 from harness.report.series import Ladder, ladder, owner
@@ -39,10 +40,11 @@ def render_html(record: Mapping[str, Any], certificate: Mapping[str, Any] | None
     return page("report.html.jinja", f"{judged.headline} · {view.title(judged)}", judged=judged, run=run,
                 title=view.title(judged), facts=view.facts(judged), scope=view.scope(run), rungs=view.rung_rows(judged),
                 broken=view.first_broken(judged), places=plain.rows(run.localization), problems=problems, more=more,
-                pictures=[_picture(one) for one in view.ladders(run)], cases=_cases(run), scales=scales, maps=maps,
+                pictures=[_picture(one) for one in view.ladders(run)], cases=_cases(run), scales=scales, maps=by_case(maps),
                 palette="".join(colours()), tokens=view.tokens(run), weights=view.weights(run),
                 headroom=view.headroom(run), speed=view.speed(run), speed_by=plain.mapping(run.speed),
-                commands=view.commands(judged), bounds=plain.rows(run.bounds), policy=judged.policy.record(),
+                machine=view.machine(run), ties=view.tie_bounds(run),
+                commands=commands(judged), again=again(judged), bounds=plain.rows(run.bounds), policy=judged.policy.record(),
                 timings=run.timings)
 
 
@@ -66,7 +68,7 @@ def environment() -> Environment:
     made.filters |= {"figure": plain.figure, "text": plain.text, "short": plain.short, "seconds": plain.seconds,
                      "cosine": plain.cosine, "place": plain.place,
                      "sentence": plain.sentence, "moment": plain.moment}
-    made.globals |= {"symbol": view.SYMBOL, "family_name": FAMILIES}
+    made.globals |= {"symbol": view.SYMBOL, "family_name": FAMILIES, "excess": view.excess}
     return made
 
 

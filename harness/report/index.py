@@ -16,7 +16,7 @@ from harness.verdict import Outcome
 
 @guarded
 def render_index(runs: Sequence[tuple[str, Any, Any]]) -> str:
-    """HTML over (path of the report folder relative to the page, record, certificate or None)."""
+    """HTML over (path of the report folder relative to the page, record or why there is none, certificate or None)."""
     rows = [_row(str(path), record, certificate) for path, record, certificate in runs]
     rows.sort(key=lambda row: row["created"], reverse=True)
     counts = {name: sum(row["outcome"] == name for row in rows) for name in view.SYMBOL}
@@ -29,6 +29,8 @@ def _row(path: str, record: Any, certificate: Mapping[str, Any] | None) -> dict[
     row = {"path": path, "link": "./" + quote("/".join([*parts, "report.html"])), "created": "",
            "outcome": Outcome.ERROR.value}
     try:
+        if isinstance(record, HarnessError):
+            raise record
         judged = read(record, certificate)
     except HarnessError as error:
         return {**row, "title": plain.text(path, 120), "why": str(error), "facts": {}, "rungs": [],

@@ -8,8 +8,9 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from harness.errors import HarnessError
-from harness.gate import Decision, certificate, fold, rejudge, verify
+from harness.gate import Decision, certificate, fold, verify
 from harness.policy import Policy, policy_from
+from harness.recheck import recheck
 from harness.report.plain import mapping
 from harness.run import Run, run_from_record
 from harness.verdict import Outcome
@@ -69,8 +70,7 @@ def read(record: Any, claimed: Any = None) -> Judged:
         good = isinstance(claimed, Mapping)
         problems = verify(record, claimed) if good else ["certificate.json is not a certificate"]
     else:
-        problems = [f"{verdict.id} says {verdict.outcome.value} with its figure {verdict.value} past {verdict.bound}"
-                    for verdict in run.verdicts if rejudge(verdict) is not verdict.outcome]
+        problems = list(recheck(run, policy, decision.outcome is Outcome.PASS))
     # Digests of thousands of verdicts take time: a certificate that agrees in everything need not be made again.
     ours = claimed if given and not problems else certificate(run, policy)
     return Judged(run, policy, decision, ours, given, tuple(problems))

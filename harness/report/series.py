@@ -115,8 +115,8 @@ def family(seam: str) -> str:
 def ladder(run: Run, rung: str, case: str | None = None) -> Ladder:
     """The ladder of one rung, of one case or the worst over all; no steps where the rung measured no distances."""
     verdicts = [verdict for verdict in run.of(rung) if case is None or verdict.case == case]
-    bounds, engines = _bounds(run), _engines(run, rung)
-    metrics = _metrics(verdicts, bounds, rung)
+    table, whose = bounds(run), engines(run, rung)
+    metrics = _metrics(verdicts, table, rung)
     pictured = {row.get("name"): bool(row.get("image")) for row in rows(run.cases) if isinstance(row.get("name"), str)}
     steps: dict[str, Step] = {}
     for verdict in verdicts:
@@ -124,7 +124,7 @@ def ladder(run: Run, rung: str, case: str | None = None) -> Ladder:
             continue
         step = steps.get(verdict.seam)
         if step is None:
-            step = steps[verdict.seam] = Step(verdict.seam, limits=_limits(bounds, rung, verdict, engines, metrics))
+            step = steps[verdict.seam] = Step(verdict.seam, limits=_limits(table, rung, verdict, whose, metrics))
         step.verdicts.append(verdict)
         bare = "image" if verdict.seam.startswith("vision.") else "all" if pictured.get(verdict.case, True) else "text"
         _add(step, verdict, metrics, bare)
@@ -178,7 +178,7 @@ def _limits(bounds: Bounds, rung: str, verdict: Verdict, engines: Sequence[str],
     return limits
 
 
-def _bounds(run: Run) -> Bounds:
+def bounds(run: Run) -> Bounds:
     """The record's own bounds, not those of this checkout; rows that are none are left out."""
     found = []
     for row in rows(run.bounds):
@@ -191,7 +191,7 @@ def _bounds(run: Run) -> Bounds:
     return Bounds(found)
 
 
-def _engines(run: Run, rung: str) -> list[str]:
+def engines(run: Run, rung: str) -> list[str]:
     """By whose bounds a rung was judged: what an engine computed by that engine's, the twin's price by its mode."""
     engine, subject = mapping(run.engine), mapping(run.subject)
     mode = subject.get("mode") or mapping(subject.get("bundle")).get("mode")

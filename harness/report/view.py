@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from harness.gate import RungResult
 from harness.ladder import RUNGS
 from harness.report.plain import ABSENT, figure, integer, mapping, number, rows, seconds, size, text
 from harness.report.read import Judged
-from harness.report.series import Ladder, ladder
+from harness.report.series import Ladder, bounds, engines, ladder
 from harness.run import Run
 from harness.verdict import Outcome, Verdict
 
@@ -39,7 +38,8 @@ def facts(judged: Judged) -> list[tuple[str, str, str]]:
              ("bundle", _named(bundle, "name", "mode") + _bytes(bundle), bundle.get("digest")),
              ("vision bundle", _named(vision, "name") + _bytes(vision), vision.get("digest")),
              ("oracle", text(_identity(parts["oracle"]), 200), parts["oracle"].get("digest")),
-             ("engine", _named(engine, *_WORDS_FIRST, *(key for key in engine if key not in _WORDS_FIRST)), None),
+             ("engine", _named(engine, *_WORDS_FIRST, *(key for key in engine if key not in (*_WORDS_FIRST, "build"))),
+              engine.get("build")),
              ("machine", _named(machine, "system", "arch", "cpu") + _cores(machine), None),
              ("harness", _named(tool, "version", "commit"), None),
              ("policy", text(judged.policy.name, 120), judged.policy.digest),
@@ -162,14 +162,19 @@ def weights(run: Run) -> list[dict[str, Any]]:
     for part in dict.fromkeys(text(row.get("part"), 60) for row in rows(run.weights)):
         found = [row for row in rows(run.weights) if text(row.get("part"), 60) == part]
         found.sort(key=lambda row: (severity.get(str(row.get("outcome")), 3), -(number(row.get("error")) or 0.0)))
+        errors = [number(row.get("error")) for row in found]
+        largest = max((error for error in errors if error is not None and math.isfinite(error)), default=0.0)
         lines = [{"tensor": text(row.get("tensor"), 200), "stored": text(row.get("stored"), 60),
-                  "error": figure(row.get("error")), "outcome": text(row.get("outcome"), 20)} for row in found]
+                  "error": figure(error) if error else "none" if error == 0 else ABSENT,
+                  "share": round(100 * min(1.0, error / largest), 1) if error and largest else None,
+                  "reason": text(row.get("reason"), 300) if row.get("reason") else "",
+                  "outcome": text(row.get("outcome"), 20)} for row, error in zip(found, errors)]
         counts = Counter(line["outcome"] for line in lines)
         telling = sum(row.get("outcome") != "PASS" or bool(number(row.get("error"))) for row in found)
         first = min(SHOWN_FIRST, telling)
         tables.append({"part": part, "count": len(lines), "top": lines[:first], "rest": lines[first:MOST_TENSORS],
-                       "left": max(0, len(lines) - MOST_TENSORS), "counts": dict(counts),
-                       "worst": max((number(row.get("error")) or 0.0 for row in found), default=0.0)})
+                       "left": max(0, len(lines) - MOST_TENSORS), "counts": dict(counts), "worst": largest,
+                       "constants": part == "constants", "lossy": sum(bool(error) for error in errors)})
     return tables
 
 
@@ -195,40 +200,35 @@ def speed(run: Run) -> list[tuple[str, str, str]]:
              ("read per token", "bytes_per_token", "", size)]
     found = [(label, shown(row[key]) + unit, "") for label, key, unit, shown in known
              if number(row.get(key)) is not None]
-    used, possible = _bandwidth(row)
-    if used is not None:
-        reached = f"{used / possible:.0%} of the {figure(possible)} GB/s measured here" if possible else "weights only"
-        found.append(("bandwidth used", f"{figure(used)} GB/s", reached))
+    per_token, rate, possible = (number(row.get(key)) for key in ("bytes_per_token", "decode_tok_s", "bandwidth_gb_s"))
+    if per_token and rate and possible and 0 < possible < math.inf:
+        used, most = per_token * rate / 1e9, possible * 1e9 / per_token
+        found += [("memory bandwidth", f"{figure(possible)} GB/s", "measured here"),
+                  ("bandwidth used", f"{figure(used)} GB/s", f"{figure(100 * used / possible)} % of what was measured here"),
+                  ("bandwidth bound", f"{figure(most)} tok/s", f"decode stands at 1/{figure(most / rate)} of it")]
+    elif per_token and rate:
+        found.append(("bandwidth used", f"{figure(per_token * rate / 1e9)} GB/s", "weights only"))
     return found
 
 
-def _bandwidth(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Bytes read per token times tokens per second, in GB/s; and what the machine can do, where it was measured."""
-    per_token, rate, possible = (number(row.get(key)) for key in ("bytes_per_token", "decode_tok_s", "bandwidth_gb_s"))
-    return (per_token * rate / 1e9 if per_token and rate else None), possible or None
+def machine(run: Run) -> str:
+    """Where the figures were measured, in words."""
+    found = mapping(run.speed).get("machine") or run.machine
+    return _named(found, "system", "arch", "cpu") + _cores(found) if isinstance(found, Mapping) else text(found, 200)
 
 
-def commands(judged: Judged) -> list[tuple[str, str]]:
-    """What each figure can be had again by, ready to copy; options are those of the run itself."""
-    command = judged.run.command if isinstance(judged.run.command, str) else ""
-    found = [("this whole run", command)] if command else []
-    broken = first_broken(judged)
-    if broken:
-        known = any(row.get("name") == broken.case for row in rows(judged.run.cases))
-        found.append(("the first broken seam", _ladder(command, broken.rung, broken.case if known else None)))
-    found += [(f"rung {row.name}", _ladder(command, row.name)) for row in RUNGS]
-    return [*found, ("the certificate", "harness verify REPORT BUNDLE")]
+def excess(value: Any, bound: Any) -> float | None:
+    """How many times its bound a figure is; None where that says nothing."""
+    one, other = number(value), number(bound)
+    return one / other if one and other and 0 < other < one < math.inf else None
 
 
-def _ladder(command: str, rung: str, case: str | None = None) -> str:
-    """A `harness gate` command narrowed to one rung, without the folder it wrote: a part must not replace the whole."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = []
-    options = words[2:] if words[:1] == ["harness"] else []
-    if "--out" in options:
-        at = options.index("--out")
-        options = options[:at] + options[at + 2:]
-    wanted = ["harness", "ladder", *options, "--rung", rung, *(["--case", case] if case else [])]
-    return shlex.join(wanted)
+def tie_bounds(run: Run) -> dict[str, float]:
+    """The noise inside which a flip is a tie, by rung, as the record's bounds have it for this run's mode and engine."""
+    found = {}
+    for rung in ("decode", "quantized", "tokens"):
+        limits = (bounds(run).at(rung, "tokens", engine) for engine in engines(run, rung))
+        limit = next((row["tie_margin"].limit for row in limits if "tie_margin" in row), None)
+        if limit is not None:
+            found[rung] = limit
+    return found

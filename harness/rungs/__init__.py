@@ -7,12 +7,17 @@ write such a file, name it in `CHECKS` and in `harness.ladder.RUNGS`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from harness.errors import HarnessError
 from harness.rungs import contract, decode, decoder, engine, headroom, inputs, quantized, tokens, vision, weights
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
+
+
+CERTAIN = 1000.0
+"""Times a bound of another model: the widest checkpoint rounds some tens of times worse than the tiny one."""
 
 
 class Check(Protocol):
@@ -44,7 +49,17 @@ def answers(check: Check, subject: Subject, case: str) -> list[Verdict]:
     except Exception as error:  # a crash of the thing under test is a verdict, never a stack trace and never a pass
         reason = f"crashed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         return [Verdict(check.NAME, case, seam, Outcome.ERROR, reason) for seam in planned]
+    if subject.bounds.foreign(subject.geometry.shape):
+        found = [_unsure(verdict, subject.bounds.made_for["checkpoint"]) for verdict in found]
     return _complete(check.NAME, case, planned, found)
+
+
+def _unsure(verdict: Verdict, model: str) -> Verdict:
+    """A figure past a bound of another model's is no proof, unless no rounding reaches as far."""
+    if verdict.outcome is not Outcome.FAIL or not verdict.bound or verdict.value > CERTAIN * verdict.bound:
+        return verdict
+    return replace(verdict, outcome=Outcome.ERROR, reason=f"{verdict.reason}; that bound was measured on {model}, a model "
+                   "of another shape: run harness calibrate on this one, then give --bounds")
 
 
 def _complete(rung: str, case: str, planned: Sequence[str], found: Sequence[Verdict]) -> list[Verdict]:

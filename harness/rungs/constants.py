@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from harness.checkpoint import Geometry
+from harness.plan import CONSTANTS as SEAMS
 from harness.rungs import angles
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
 CASE = "constants"
-SEAMS = ("norm.eps", "vision.eps", "attention.scale", "vision.scale", "gelu.flavour", "mask.fill", "rope.frequencies",
-         "vision.rope", angles.SEAM)
 HIDDEN = -1e3
 """A hidden score must lie below this: exp(-1000) is 0 in every float."""
 

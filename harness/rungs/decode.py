@@ -13,6 +13,7 @@ from harness.engines import Request
 from harness.greedy import greedy
 from harness.ladder import judge
 from harness.metrics import kl_divergence
+from harness.plan import cache_seams
 from harness.rungs.contract import offset
 from harness.subject import Subject
 from harness.trace import Trace
@@ -28,10 +29,8 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """One prefill and n single steps against the oracle."""
-    recorded = subject.recorded(case)
+    recorded, trace = subject.recorded(case), stepped(subject, case)
     tokens = recorded.rollout.tokens
-    request = Request(recorded.inputs, forced=tuple(int(token) for token in tokens), kv=True)
-    trace = next(subject.graph(case, stepwise=True).run([request]))
     first = recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
@@ -39,6 +38,13 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
+
+
+def stepped(subject: Subject, case: str) -> Trace:
+    """The prompt in one call of the graph under test, then the oracle's tokens one a call; logits and cache."""
+    recorded = subject.recorded(case)
+    request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)), kv=True)
+    return next(subject.graph(case, stepwise=True).run([request]))
 
 
 def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
@@ -66,11 +72,6 @@ def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarra
     return Verdict(rung, case, "kl", Outcome.PASS if kl[worst] <= limit else Outcome.FAIL,
                    f"KL at most {kl[worst]:.3g} nats, at position {worst}; top-1 agrees on {agree:.1%}", "kl",
                    float(kl[worst]), limit, figures={"mean": float(kl.mean()), "top1": agree, "at": worst})
-
-
-def cache_seams(layers: int) -> tuple[str, ...]:
-    """Names of the cache of every layer."""
-    return tuple(f"kv.{part}.{layer:02d}" for layer in range(layers) for part in ("keys", "values"))
 
 
 def by_layer(trace: Mapping[str, np.ndarray]) -> Trace:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.geometry import Geometry
 from harness.ladder import judge
+from harness.plan import SHARP, with_cache
 from harness.rungs.decode import by_layer
 from harness.subject import Subject
-from harness.trace import Trace, decoder_seams, vision_seams
+from harness.trace import Trace, vision_seams
 from harness.verdict import Outcome, Verdict
 
 NAME = "engine"
-SHARP = "~sharp"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
@@ -24,18 +23,11 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     seams = {}
     for case in subject.engine_cases():
         vision = vision_seams(subject.geometry) if subject.cases[case].images else ()
-        seams[case] = (*vision, *_with_cache(subject.geometry))
+        seams[case] = (*vision, *with_cache(subject.geometry))
     if subject.sharp is not None:
         # The sharp twin first: what breaks there is structure, and it breaks at its own place.
         seams = {**{case + SHARP: planned for case, planned in seams.items()}, **seams}
     return seams
-
-
-def _with_cache(geometry: Geometry) -> list[str]:
-    """Decoder seams, each layer's cache before its output: so they are computed, so the first that breaks is the first."""
-    cache = {f"decoder.layers.{layer:02d}": (f"kv.keys.{layer:02d}", f"kv.values.{layer:02d}")
-             for layer in range(geometry.layers)}
-    return [name for seam in decoder_seams(geometry) for name in (*cache.get(seam, ()), seam)]
 
 
 def measure(subject: Subject, case: str) -> list[Verdict]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from harness.plan import ALL
 from harness.subject import Subject
 from harness.trace import decoder_seams, vision_seams
 from harness.verdict import Outcome, Verdict
 
 NAME = "headroom"
 FP16_MAX = 65504.0
-ALL = "all-cases"
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
