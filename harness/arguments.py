@@ -9,6 +9,8 @@ from pathlib import Path
 
 def subject(parser: argparse.ArgumentParser) -> None:
     """What is under test and what it is judged by."""
+    from harness.options import ENGINES
+
     add = parser.add_argument
     add("checkpoint", nargs="?", help="HF model directory or hub id (default: the embedded tiny one)")
     add("--revision", help="revision of a hub id")
@@ -18,6 +20,8 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--oracle", type=Path, metavar="DIR", help="recorded oracle, or a sketch of one (default: record or resume one)")
     add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
     add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
+    add("--engine", choices=ENGINES, metavar="ENGINE",
+        help=f"what runs the bundle: {', '.join(ENGINES)} (default: coreai; replay runs its own program in torch)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
@@ -145,6 +149,23 @@ def faults(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
     add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
     add("--json", action="store_true", help="print the record instead of the table")
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    """`harness replay`."""
+    add = parser.add_argument
+    add("bundle", type=Path, help="bundle directory of either kind, or an .aimodel")
+    add("--print", action="store_true", help="print the torch source that replay runs")
+    add("--order", choices=("steps", "layers"), default="steps",
+        help="steps: one call; layers: many tokens of a one-token program, layer by layer")
+    add("--arithmetic", choices=("fp32", "fp16", "coreai-cpu"), default="fp32", help="which arithmetic it is printed for")
+    add("--function", metavar="NAME", help="a function besides the main one")
+
+
+def pair(parser: argparse.ArgumentParser) -> None:
+    """`harness diff`."""
+    for name in ("left", "right"):
+        parser.add_argument(name, type=Path, help="bundle directory of either kind, or an .aimodel")
 
 
 def nothing(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,8 @@ from harness.errors import HarnessError, within
 from harness.geometry import SHAPE
 
 BOUNDS = Path(__file__).resolve().parent.parent / "ladders" / "qwen3_vl.toml"
+REPLAY = BOUNDS.with_name("qwen3_vl.replay.toml")
+"""Bounds of the replay engines on the same model, kept apart because each engine and mode has its own."""
 _REQUIRED = {"rung", "metric", "limit", "measured", "because", "date"}
 
 
@@ -70,6 +72,12 @@ class Bounds:
     def record(self) -> list[dict[str, Any]]:
         """Plain JSON types, in order."""
         return [dict(vars(bound)) for bound in self.all]
+
+    def beside(self, other: Bounds) -> Bounds:
+        """Both. Raises HarnessError where they were measured on different models."""
+        if self.made_for != other.made_for:
+            raise HarnessError("two files of bounds were made for different models", where="bounds")
+        return Bounds([*self.all, *other.all], self.made_for)
 
 
 def load_bounds(path: Path = BOUNDS) -> Bounds:

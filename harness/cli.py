@@ -64,6 +64,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     from dataclasses import replace
 
     from harness import session
+    from harness.ladder import NAMES
     from harness.run import Run
     from harness.terminal import Screen
 
@@ -75,7 +76,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     subject.options = replace(subject.options, work=folder)
     session.check_given(subject)
     run = Run(command=arguments.command)
-    whole = list(names) == list(_all_rungs())
+    whole = list(names) == list(NAMES)
     try:
         with Screen(quiet=arguments.json) as screen:
             subject.progress = screen.step
@@ -88,12 +89,6 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     else:
         screen.table(run, decision, names, folder)
     return decision.exit_code if whole else _part(run, subject.policy)
-
-
-def _all_rungs() -> Sequence[str]:
-    from harness.ladder import NAMES
-
-    return NAMES
 
 
 def _part(run: Any, policy: Any) -> int:
@@ -186,6 +181,21 @@ def _faults(arguments: Arguments) -> int:
     return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
 
 
+def _replay(arguments: Arguments) -> int:
+    from harness.engines.replay.show import shown
+
+    print(shown(arguments))
+    return ExitCode.PASS
+
+
+def _diff(arguments: Arguments) -> int:
+    from harness.engines.replay.difference import shown
+
+    text, same = shown(arguments.left, arguments.right)
+    print(text)
+    return ExitCode.PASS if same else ExitCode.FAIL
+
+
 def _doctor(arguments: Arguments) -> int:
     from harness.doctor import examine
 
@@ -207,6 +217,8 @@ VERBS = {
     "publish-check": Verb("is there a certificate for exactly this bundle? the line before an upload",
                           (takes.publish_check,), checking.publish_check),
     "report": Verb("render reports again from their records", (takes.report,), checking.report),
+    "replay": Verb("read a bundle's program, or print it as torch source", (takes.replay,), _replay),
+    "diff": Verb("what changed between two bundles' programs: structure, constants, weights", (takes.pair,), _diff),
     "doctor": Verb("what this machine can record, export and run", (takes.nothing,), _doctor),
 }
 

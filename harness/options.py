@@ -15,6 +15,7 @@ from harness.errors import HarnessError
 from harness.policy import POLICY
 
 OURS = "harness.graph.reference:factory"
+ENGINES = ("coreai", "replay", "replay:fp32", "replay:fp16", "replay:coreai-cpu")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Options:
     """What a user may choose; None means the default: the embedded checkpoint, our graph, an oracle and a bundle of our own.
 
     mode: fp16, int8lin or int8hu: of the bundle that we export (int8hu by default), or of a given one whose metadata does
-    not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes.
+    not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes. engine: what runs
+    the bundle: Apple's runtime, or replay of its own program, in an arithmetic.
     """
 
     checkpoint: str | None = None
@@ -40,6 +42,14 @@ class Options:
     grid: tuple[int, int] = (28, 28)
     context: int = 512
     timeout_s: float = 900.0
+    engine: str = "coreai"
+
+    @property
+    def replays(self) -> str | None:
+        """The arithmetic that `engine` asks replay for; None for Apple's runtime. Raises HarnessError for a bad choice."""
+        if self.engine not in ENGINES:
+            raise HarnessError(f"{self.engine!r} is not known", where="--engine", fix=f"known are {', '.join(ENGINES)}")
+        return None if self.engine == "coreai" else self.engine.partition(":")[2] or "fp32"
 
 
 def factory_of(graph: str) -> Callable[..., Any]:

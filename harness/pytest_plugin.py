@@ -20,6 +20,7 @@ OPTIONS = {"checkpoint": "HF model directory or hub id (default: the embedded ti
            "graph": "torch graph under test, module:factory", "bundle": "LanguageBundle under test",
            "vision-bundle": "vision bundle that goes with it", "oracle": "recorded oracle",
            "mode": "mode of the bundle we export: fp16, int8lin or int8hu", "device": "cpu or cuda",
+           "engine": "what runs the bundle: coreai, replay, replay:fp16 or replay:coreai-cpu",
            "cases": "cases.toml", "bounds": "bounds TOML", "policy": "policy TOML",
            "report": "folder for run.json, certificate.json and the reports"}
 _PATHS = {"bundle", "vision-bundle", "oracle", "cases", "bounds", "policy", "report"}

@@ -84,7 +84,7 @@ def describe(subject: Subject, run: Run) -> None:
     run.policy, run.bounds = subject.policy.record(), subject.bounds.record()
     run.subject = {"checkpoint": {"name": checkpoint.name, "revision": checkpoint.revision, "digest": checkpoint.digest,
                                   "geometry": subject.geometry.record()},
-                   "exported": subject.options.bundle is None, "graph": subject.options.graph,
+                   "exported": subject.sharp is not None, "graph": subject.options.graph,
                    "mode": _try(lambda: subject.mode),
                    "oracle": _try(lambda: oracle_row(subject.oracle)) if subject.has_oracle else None,
                    "bundle": None, "vision_bundle": None}

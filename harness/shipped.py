@@ -79,12 +79,19 @@ class Shipped:
         return EngineJob(self._make_engine, self._requests())
 
     def _make_engine(self) -> Engine:
-        from harness.engines.coreai import CoreAIEngine
-
         index = self.bundle.path.with_name(self.bundle.path.name + ".seams.json")
-        return CoreAIEngine(self.bundle.asset, self.vision.asset if self.vision else None, geometry=self.geometry,
-                            grid=self.options.grid, context=self.bundle.max_context_length,
-                            seam_index=index if index.exists() else None, timeout_s=self.options.timeout_s)
+        settings: dict[str, Any] = {
+            "geometry": self.geometry, "grid": self.options.grid, "context": self.bundle.max_context_length,
+            "seam_index": index if index.exists() else None, "timeout_s": self.options.timeout_s}
+        vision = self.vision.asset if self.vision else None
+        if self.options.replays is None:
+            from harness.engines.coreai import CoreAIEngine
+
+            return CoreAIEngine(self.bundle.asset, vision, **settings)
+        from harness.engines.replay.engine import ReplayEngine
+
+        return ReplayEngine(self.bundle.asset, vision, arithmetic=self.options.replays, device=self.options.device,
+                            **settings)
 
     def trace(self, case: str) -> Trace:
         """What the bundle computed for a case. Raises HarnessError or Undecided where it did not get that far."""

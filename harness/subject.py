@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import threads
-from harness.bounds import Bounds, load_bounds
+from harness.bounds import BOUNDS, REPLAY, Bounds, load_bounds
 from harness.cases import Case, load_cases
 from harness.checkpoint import Checkpoint, open_checkpoint, read_json
 from harness.errors import HarnessError, Undecided
@@ -79,9 +79,10 @@ class Subject:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """Bounds in force."""
+        """Bounds in force; by default with those of the replay engines, where one of them runs the bundle."""
         with readable(self.options.bounds):
-            return load_bounds(self.options.bounds)
+            found = load_bounds(self.options.bounds)
+        return found.beside(load_bounds(REPLAY)) if self.options.replays and self.options.bounds == BOUNDS else found
 
     @cached_property
     def policy(self) -> Policy:
@@ -237,8 +238,9 @@ class Subject:
 
     @cached_property
     def sharp(self) -> Shipped | None:
-        """Our export's twin with float32 activations; None where the bundle is not ours."""
-        if self.options.bundle is not None:
+        """Our export's twin with float32 activations; None where the bundle is not ours, or replay runs it, whose
+        arithmetic is a choice without a second export."""
+        if self.options.bundle is not None or self.options.replays is not None:
             return None
         return Shipped(self.options, self.geometry, self.mode, self._engine_requests, "fp32")
 

@@ -6,7 +6,6 @@ the compute unit asked for. The engine's name says which.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,10 @@ from harness.cases import FrozenInputs
 from harness.checkpoint import read_json
 from harness.engines import Request
 from harness.engines.child import Child, running
+from harness.engines.requests import checked, image_name
 from harness.errors import HarnessError, Undecided, within
 from harness.geometry import Geometry
-from harness.graph.contract import HostInputs, host_inputs
+from harness.graph.contract import HostInputs
 from harness.trace import Trace
 
 UNITS = ("cpu", "gpu", "neural_engine")
@@ -67,28 +67,8 @@ class CoreAIEngine:
 
     def check(self, request: Request) -> HostInputs:
         """What the host hands in for a request. Raises HarnessError where this bundle cannot run it."""
-        with within(request.inputs.case):
-            given = request.inputs
-            if given.length < 1:
-                raise HarnessError("the prompt is empty")
-            if given.grid is not None and tuple(given.grid) != (1, *self.grid):
-                raise HarnessError(f"its image has grid {tuple(given.grid)}, the bundle is made for {(1, *self.grid)}",
-                                   fix="mark the case engine = false, or export for its grid")
-            features = (self.grid[0] * self.grid[1], self.geometry.patch_features)
-            if (given.patches is None) != (given.grid is None) or (
-                    given.patches is not None and given.patches.shape != features):
-                shape = None if given.patches is None else list(given.patches.shape)
-                raise HarnessError(f"patches have shape {shape}, the grid asks for {list(features)}")
-            if given.patches is not None and self.vision is None and self.embeds is None:
-                raise HarnessError("has an image, but there is no vision asset", fix="give --vision-bundle")
-            total = given.length + len(request.forced) + request.free
-            if self.context is not None and total > self.context:
-                raise HarnessError(f"needs {total} tokens, the bundle's context is {self.context}",
-                                   fix="shorten the case or export with a longer context")
-            merge = self.geometry.merge
-            merged = (self.grid[0] // merge, self.grid[1] // merge) if given.grid else None
-            ids = np.concatenate([given.ids, np.asarray(request.forced, dtype=np.int64)])
-            return host_inputs(ids, self.geometry.image_token, self.geometry.vocab, merged)
+        return checked(request, self.geometry, self.grid, self.context,
+                       self.vision is not None or self.embeds is not None)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Trace]:
         """One Trace a request, in order, as they come; one child process for all of them.
@@ -139,7 +119,7 @@ class CoreAIEngine:
         """Put the image of a request among the arrays, once for equal images; its name there."""
         if given.patches is None:
             return None
-        name = "image-" + hashlib.sha256(np.ascontiguousarray(given.patches)).hexdigest()[:16]
+        name = image_name(given)
         if self.embeds is None:
             arrays[f"{name}.patches"] = given.patches
         elif f"{name}.image_embeds" not in arrays:

@@ -9,12 +9,15 @@ from typing import Any
 
 from harness.engines.coreai import write_index
 from harness.engines.coreai_seams import find_seams
+from harness.engines.replay.program import read_program
+from harness.engines.replay.seams import find_places
 from harness.export.convert import save_asset
 from harness.export.program import Program
 
 
 def find_entries(program: Program, near: Path) -> dict[str, dict[str, Any]]:
-    """Entry (operation id, shape of a token's row) of every seam that the runtime's own numbering resolves.
+    """Entry (operation id, node and result in program order, shape of a token's row) of every seam that the runtime's own
+    numbering resolves.
 
     The shipped asset carries no names; a DEBUG twin of the same exported program does, and its operation ids are equal.
     The twin lives in a temporary folder inside `near`. Raises Undecided where the runtime cannot be asked.
@@ -23,11 +26,14 @@ def find_entries(program: Program, near: Path) -> dict[str, dict[str, Any]]:
         twin = Path(folder) / "debug.aimodel"
         save_asset(program, twin, debug=True)
         found = find_seams(twin, {name for node in program.nodes.values() for name in node.names})
+        places = find_places(read_program(twin).main)
     entries = {}
     for seam, node in program.nodes.items():
         name = next((name for name in node.names if name in found), None)
         if name and seam not in program.outputs:
             entries[seam] = {**found[name], "row": list(node.row)}
+            place = next((place for place in node.names if place in places), None)
+            entries[seam] |= places[place] if place else {}
     return entries
 
 

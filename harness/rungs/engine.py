@@ -24,7 +24,7 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
     for case in subject.engine_cases():
         vision = vision_seams(subject.geometry) if subject.cases[case].images else ()
         seams[case] = (*vision, *with_cache(subject.geometry))
-    if subject.options.bundle is None:
+    if subject.sharp is not None:
         # The sharp twin first: what breaks there is structure, and it breaks at its own place.
         seams = {**{case + SHARP: planned for case, planned in seams.items()}, **seams}
     return seams
