@@ -8,10 +8,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from harness.bounds import Bounds
+from harness.checkpoint import read_json
+from harness.gate import digest_of
 from harness.subject import Subject
 from harness.trace import decoder_seams, vision_seams
 
@@ -19,6 +23,8 @@ SIDE, LONGEST = 224, 90_000
 """Pixels of a thumbnail's longer side, and bytes that it may take; a report of eight cases stays below 1 MB of pictures."""
 COPIED, REPEATS = 1 << 28, 5
 FLOOR = 1e-12
+POWER = Path(__file__).resolve().parent.parent / "reports" / "faults" / "power.json"
+"""What `harness faults --power` has measured."""
 
 
 def heat_rows(subject: Subject, name: str) -> list[dict[str, Any]]:
@@ -105,3 +111,19 @@ def tensor_rows(verdicts: Sequence[Any]) -> list[dict[str, Any]]:
                      "stored": figures.get("stored"), "error": figures.get("quantization", verdict.value),
                      "wrong": verdict.value, "reason": verdict.reason})
     return rows
+
+
+def bounds_digest(bounds: Bounds) -> str:
+    """Digest of what judges graph and bundle; replay's rows belong to another engine."""
+    return digest_of([row for row in bounds.record() if not row["engine"].startswith("replay")])
+
+
+def power_rows(subject: Subject, path: Path = POWER) -> list[dict[str, Any]]:
+    """Rows of `harness faults --power`, where that was run on this checkpoint under these bounds; none otherwise."""
+    if not path.is_file():
+        return []
+    held = read_json(path)
+    if held["checkpoint"]["digest"] != subject.checkpoint.digest or held["bounds"] != bounds_digest(subject.bounds):
+        return []
+    return [{name: row[name] for name in ("rung", "case", "seam", "way", "least")} for row in held["rows"]
+            if held["mode"] == subject.mode or row["rung"] not in ("engine", "tokens")]

@@ -56,7 +56,8 @@ class Run:
     """Collects verdicts and facts while a run goes on.
 
     subject: what was judged, with digests. engine: name, platform, versions. speed: the row that ports publish. tokens:
-    one table a case. heat: token by layer errors a case. timings: (step, seconds).
+    one table a case. heat: token by layer errors a case. power: the smallest error that each rung sees at each seam, where
+    it was measured under these bounds (`harness faults --power`). timings: (step, seconds).
     """
 
     command: str = ""
@@ -72,6 +73,7 @@ class Run:
     tokens: list[dict[str, Any]] = field(default_factory=list)
     heat: list[dict[str, Any]] = field(default_factory=list)
     weights: list[dict[str, Any]] = field(default_factory=list)
+    power: list[dict[str, Any]] = field(default_factory=list)
     speed: dict[str, Any] = field(default_factory=dict)
     localization: list[dict[str, Any]] = field(default_factory=list)
     timings: list[tuple[str, float]] = field(default_factory=list)
@@ -103,6 +105,7 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
                            fix="render it with the version that wrote it")
     plain_run = Run(tool={}, machine={})
     try:
+        record = {"power": [], **record}  # a record from before power was measured
         known = {name: record[name] for name in Run.__dataclass_fields__}
         wrong = [name for name, value in known.items() if not isinstance(value, type(getattr(plain_run, name)))]
         if wrong:

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.attest import read_report
 from harness.errors import HarnessError, Undecided, within
-from harness.exhibits import bandwidth, heat_rows, tensor_rows, thumbnail
+from harness.exhibits import bandwidth, heat_rows, power_rows, tensor_rows, thumbnail
 from harness.gate import Decision, certificate, fold
 from harness.ladder import NAMES
 from harness.options import factory_of
@@ -107,6 +107,7 @@ def describe(subject: Subject, run: Run) -> None:
     run.heat = [row for name in subject.cases if name in judged["decoder"]
                 for row in _try(lambda name=name: heat_rows(subject, name)) or []]
     run.weights = tensor_rows(run.of("weights"))
+    run.power = _try(lambda: power_rows(subject)) or []
 
 
 def oracle_row(oracle: Oracle) -> dict[str, Any]:

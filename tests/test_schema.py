@@ -51,7 +51,7 @@ def test_a_record_of_a_real_run_is_described(here, capsys):  # noqa: F811
 def test_the_schemas_name_what_the_code_names():
     run, certificate = (validator(name).schema for name in ("run", "certificate"))
     assert run["properties"]["schema"]["const"] == RUN_SCHEMA and certificate["properties"]["schema"]["const"] == SCHEMA
-    assert set(run["required"]) == set(run["properties"]) == {"schema", *Run.__dataclass_fields__}
+    assert {*run["required"], "power"} == set(run["properties"]) == {"schema", *Run.__dataclass_fields__}
     assert tuple(run["properties"]["verdicts"]["items"]["properties"]["rung"]["enum"]) == NAMES
     assert tuple(link["properties"]["name"]["const"] for link in
                  certificate["properties"]["chain"]["prefixItems"]) == CHAIN

@@ -26,7 +26,7 @@ from harness.faults.scoreboard import Progress, bench_for
 from harness.faults.suspect import Host, Suspect
 from harness.faults.tables import ship
 from harness.faults.trial import Bench
-from harness.gate import digest_of
+from harness.exhibits import bounds_digest
 from harness.options import Options
 from harness.report.power import draw_power
 from harness.rungs import CHECKS, answers
@@ -206,7 +206,7 @@ def make(options: Options, arguments: Any, progress: Progress) -> dict[str, Any]
     return {"schema": SCHEMA, "command": arguments.command, "tool": tool(), "machine": machine(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "mode": bench.subject.mode,
             "checkpoint": {"name": checkpoint.name, "digest": checkpoint.digest},
-            "bounds": digest_of(bench.subject.bounds.record()), "rows": rows}
+            "bounds": bounds_digest(bench.subject.bounds), "rows": rows}
 
 
 def markdown(record: dict[str, Any]) -> str:

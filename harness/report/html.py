@@ -17,6 +17,7 @@ from harness.report import plain, view
 from harness.report.commands import again, commands
 from harness.report.heat import by_case, colours, heat_maps
 from harness.report.picture import draw
+from harness.report.power import power_section
 from harness.report.read import guarded, read
 from harness.report.series import Ladder, ladder, owner
 from harness.run import Run
@@ -43,7 +44,7 @@ def render_html(record: Mapping[str, Any], certificate: Mapping[str, Any] | None
                 pictures=[_picture(one) for one in view.ladders(run)], cases=_cases(run), scales=scales, maps=by_case(maps),
                 palette="".join(colours()), tokens=view.tokens(run), weights=view.weights(run),
                 headroom=view.headroom(run), speed=view.speed(run), speed_by=plain.mapping(run.speed),
-                machine=view.machine(run), ties=view.tie_bounds(run),
+                power=power_section(run.power), machine=view.machine(run), ties=view.tie_bounds(run),
                 commands=commands(judged), again=again(judged), bounds=plain.rows(run.bounds), policy=judged.policy.record(),
                 timings=run.timings)
 

@@ -36,6 +36,21 @@ def draw_power(rows: Sequence[Mapping[str, Any]], label: str = "smallest error t
         WIDTH, height, label, _legend(rows), Markup("").join(drawn))
 
 
+def power_section(rows: Sequence[Any]) -> dict[str, Any] | None:
+    """What the report shows of them: plot, table and one sentence; None where no row is whole."""
+    whole = [row for row in rows if isinstance(row, Mapping) and row.get("way") in COLOURS
+             and all(isinstance(row.get(name), str) for name in ("rung", "case", "seam"))
+             and (row.get("least") is None or (isinstance(row["least"], (int, float)) and 0 < row["least"] < math.inf))]
+    if not whole:
+        return None
+    layers = [row["least"] for row in whole if row["rung"] == "decoder" and row["way"] == "whole activation"
+              and re.fullmatch(r"decoder\.layers\.\d+", row["seam"])]
+    sentence = "" if not layers or None in layers else (
+        f"Noise of {100 * max(layers):.2g} % in any layer of the decoder is seen.")
+    seen = [{**row, "seen": "not seen" if row["least"] is None else f"{row['least']:.2g}"} for row in whole]
+    return {"rows": seen, "drawn": draw_power(whole), "sentence": sentence}
+
+
 def _legend(rows: Sequence[Mapping[str, Any]]) -> Markup:
     used = [way for way in COLOURS if any(row["way"] == way for row in rows)]
     return Markup("").join(Markup('<path d="{}" fill="{}" transform="translate({} 14)"/><text x="{}" y="18">noise on {}</text>').format(
