@@ -19,7 +19,7 @@ from harness.cases import FrozenInputs
 from harness.checkpoint import read_json
 from harness.engines import Request
 from harness.engines.child import Child, running
-from harness.engines.requests import checked, image_name
+from harness.engines.requests import checked, image_name, promised
 from harness.errors import HarnessError, Undecided, within
 from harness.geometry import Geometry
 from harness.graph.contract import HostInputs
@@ -94,6 +94,7 @@ class CoreAIEngine:
                 raise HarnessError(f"has {facts['layers']} layers and vocabulary {facts['vocab']}, the checkpoint "
                                    f"{self.geometry.layers} and {self.geometry.vocab}",
                                    fix="give the checkpoint that the bundle was made from")
+            promised(self.context, facts["context"], "metadata.json")
         return facts
 
     def _job(self, requests: Sequence[Request]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -49,3 +49,10 @@ def _check_image(given: FrozenInputs, geometry: Geometry, grid: tuple[int, int],
 def image_name(given: FrozenInputs) -> str:
     """The same for equal images, which are encoded once."""
     return "image-" + hashlib.sha256(np.ascontiguousarray(given.patches)).hexdigest()[:16]
+
+
+def promised(context: int | None, held: int | None, where: object) -> None:
+    """Raises HarnessError where a bundle's metadata promises more slots than its cache has: a host reads past the end."""
+    if context is not None and held is not None and held < context:
+        raise HarnessError(f"its metadata promises a context of {context}, its cache has {held} slots", where=where,
+                           fix="export the bundle again, or mend max_context_length")

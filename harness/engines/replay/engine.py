@@ -28,7 +28,7 @@ from harness.engines.replay.contract import EMBEDS, check_vision
 from harness.engines.replay.decoder import ORDERS, Conversation, Decoder
 from harness.engines.replay.program import Function, Program, Value, read_program
 from harness.engines.replay.seams import Taps, taps_of
-from harness.engines.requests import checked, image_name
+from harness.engines.requests import checked, image_name, promised
 from harness.errors import HarnessError, Undecided, within
 from harness.geometry import Geometry
 from harness.graph.contract import HostInputs
@@ -145,6 +145,7 @@ class _Run:
                 function = engine.vision_program.main
                 check_vision(function)
                 self.vision = compiled(function, self._constants(function), taps=taps["vision"])
+        promised(engine.context, found.context, "metadata.json")
         files = [file for asset in (engine.decoder, engine.vision) if asset for file in asset.rglob("*")]
         engine.facts = {"cold_load_s": time.perf_counter() - started, "warm_load_s": None, "compute_unit": engine.device,
                         "runtime": f"judged by replay (arithmetic {engine.arithmetic.name}), {PROVEN}; "
