@@ -189,7 +189,8 @@ def test_gathers(runtime: Runtime, data: st.DataObject) -> None:
 def test_choices(runtime: Runtime, data: st.DataObject) -> None:
     dtype, x = tensors(data)
     other, picked = draw(dtype, x.shape, 5), draw("i1", x.shape[-1:], 6)
-    run_both(runtime, Operation("decomposable.broadcasting_where", (dtype, x.shape), ("i1", picked), (dtype, x), (dtype, other)))
+    operands = ("i1", picked), (dtype, x), (dtype, other)
+    run_both(runtime, Operation("decomposable.broadcasting_where", (dtype, x.shape), *operands))
     for name in ("equal", "not_equal", *(("greater",) if dtype != "i1" else ())):
         run_both(runtime, Operation(f"decomposable.broadcasting_{name}", ("i1", x.shape), (dtype, x), (dtype, other)))
     if dtype == "i1":
