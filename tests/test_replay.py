@@ -17,6 +17,7 @@ from harness.engines.replay.program import Function, Node, Program, Value, read_
 from harness.engines.replay.sizes import Size
 from harness.engines.replay.weights import Weight
 from harness.errors import HarnessError, Undecided
+from harness.graph.protocol import untapped
 
 pytest.importorskip("coreai")
 
@@ -114,6 +115,38 @@ def test_any_number_of_tokens_a_call(small: Small):
         assert np.abs(dynamic[seam] - single[seam]).max() <= 1e-5 * np.abs(single[seam]).max()
 
 
+def test_a_prefill_function_fills_the_same_cache(small: Small, tmp_path):
+    """An asset with `main` (S = 1) and `prefill` (S = 4), which share their weights."""
+    import coreai_torch
+
+    from harness.export.program import DECODER_INPUTS, DECODER_STATES
+
+    graph, geometry = small.twin.conversion, small.checkpoint.geometry
+    graph.decoder.tap = untapped
+    cache = torch.zeros(geometry.layers, 1, geometry.kv_heads, CONTEXT, geometry.head_dim)
+    converter = coreai_torch.TorchConverter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+    for name, tokens in (("main", 1), ("prefill", 4)):
+        example = (torch.zeros(1, tokens, dtype=torch.int32), torch.arange(8, dtype=torch.int32)[None],
+                   torch.zeros(graph.slots, geometry.hidden), torch.zeros(3 * graph.slots, geometry.hidden),
+                   torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), cache, cache.clone())
+        shapes = [None] * 8
+        shapes[1] = {1: torch.export.Dim("T", min=4, max=CONTEXT - 1)}
+        exported = torch.export.export(graph.decoder.requires_grad_(False), example, dynamic_shapes=tuple(shapes))
+        converter.add_exported_program(exported.run_decompositions(coreai_torch.get_decomp_table()),
+                                       input_names=DECODER_INPUTS, state_names=DECODER_STATES, output_names=("logits",),
+                                       entrypoint_name=name)
+    asset = tmp_path / "two.aimodel"
+    converter.to_coreai().save_asset(asset)
+    both = read_program(asset)
+    assert set(both.functions) == {"main", "prefill"}
+    single, filled = (next(engine(small, asset, prefill=prefill).run([request(small)])) for prefill in (False, True))
+    assert filled.facts["calls"] < 12 + 3
+    for seam in ("logits", "kv.keys", "kv.values"):
+        assert np.abs(filled[seam] - single[seam]).max() <= 1e-5 * np.abs(single[seam]).max()
+    with pytest.raises(HarnessError, match="has no function prefill"):
+        next(engine(small, prefill=True).run([request(small)]))
+
+
 def test_codes_dequantized_in_parts_are_the_whole(program: Program, monkeypatch):
     made = compiled(program.main, Constants(Fp32()))
     tables = [held for held in made._wide.values() if isinstance(held, Weight) and held.scale is not None]
@@ -141,7 +174,7 @@ def test_a_value_handed_out_is_not_overwritten_later(program: Program):
 
 def test_the_source_can_be_read(program: Program):
     source = compiled(program.main, Constants(Fp32()), steps=STEPS).source
-    assert source.count("for p in range(B):") == small_layers(program) + 1  # positions, then each layer's cache
+    assert source.count("for p in steps(B, device):") == small_layers(program) + 1  # positions, then each layer's cache
     assert all("#" in line or line.strip().startswith(("def", "return", "for", "del", "l", "B =", "v", "T =", "n"))
                for line in source.splitlines() if line.strip())
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.engines.replay.runtime import one_thread
 from harness.errors import HarnessError
 
 HELD = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64, "i1": torch.bool,
@@ -20,6 +21,8 @@ HELD = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64
         # torch has no arithmetic in these; every value they hold fits the next wider type
         "ui16": torch.int32, "ui32": torch.int64}
 """What a value of the program's type is held as."""
+IN_CACHE = 1 << 18
+"""Elements that are dequantized at a time on a CPU: a megabyte in float32."""
 Operand = Tensor | float | int
 
 
@@ -30,6 +33,8 @@ class Arithmetic:
     """
 
     name = "torch"
+    scratch: Tensor | None = None
+    """Memory that `dequantize` may fill, float32, one dimension; whoever sets it uses a result before asking for the next."""
 
     def held(self, dtype: str) -> torch.dtype:
         """The torch type that holds a value of the program's type. Raises HarnessError for one that torch lacks."""
@@ -187,8 +192,32 @@ class Fp32(Arithmetic):
         return x.float() if x.dtype in self._WIDE else x
 
     def dequantize(self, codes: Tensor, scale: Tensor, offset1: Tensor | None, offset2: Tensor | None) -> Tensor:
-        """Rounded to the type of scale, as shipped, then widened."""
-        return super().dequantize(codes, scale, offset1, offset2).float()
+        """Rounded to the type of scale, as shipped, then widened; on a CPU into `scratch`, where there is some."""
+        if codes.is_cuda or codes.ndim != 2 or len(scale) != len(codes):
+            return super().dequantize(codes, scale, offset1, offset2).float()
+        fits = self.scratch is not None and self.scratch.numel() >= codes.numel()
+        made = self.scratch[:codes.numel()].view(codes.shape) if fits else torch.empty(codes.shape)
+        with one_thread():
+            return _dequantized_rows(made, codes, scale, offset1, offset2)
+
+
+def _dequantized_rows(made: Tensor, codes: Tensor, scale: Tensor, offset1: Tensor | None,
+                      offset2: Tensor | None) -> Tensor:
+    """The same in parts that fit a processor's cache, through two buffers: fresh memory costs more than the arithmetic."""
+    rows = min(max(IN_CACHE // max(codes.shape[1], 1), 1), len(codes))
+    wide, narrow = (torch.empty((rows, codes.shape[1]), dtype=dtype) for dtype in (torch.float32, scale.dtype))
+    for start in range(0, len(codes), rows):
+        part = slice(start, min(start + rows, len(codes)))
+        count = part.stop - start
+        blocks = wide[:count].copy_(codes[part]).unflatten(1, (scale.shape[1], -1))
+        if offset1 is not None:
+            blocks.sub_(offset1[part].float()[..., None])
+        blocks.mul_(scale[part].float()[..., None])
+        rounded = narrow[:count].copy_(wide[:count])
+        if offset2 is not None:
+            rounded.unflatten(1, (scale.shape[1], -1)).add_(offset2[part][..., None])
+        made[part] = rounded
+    return made
 
 
 class Fp16(Arithmetic):

@@ -62,10 +62,11 @@ class Constants:
         """A matrix that products take."""
         key = (id(data.constant), hash(casts))
         if key not in self._tables:
-            parts = [None if value.constant.fill == 0 else self.stored(value) for value in companions]
-            weight = Weight(self.stored(data), *parts, casts=casts)
-            wide = self.arithmetic.widen(weight.data) is not weight.data
-            self._tables[key] = weight.hold(self.arithmetic) if self.dense and (companions or casts or wide) else weight
+            changed = companions or casts or data.dtype in ("f16", "bf16") and self.arithmetic.held(data.dtype).itemsize > 2
+            held = (lambda value: tensor(value.constant, self.device)) if self.dense and changed else self.stored
+            parts = [None if value.constant.fill == 0 else held(value) for value in companions]
+            weight = Weight(held(data), *parts, casts=casts)
+            self._tables[key] = weight.hold(self.arithmetic) if self.dense and changed else weight
         return self._tables[key]
 
 

@@ -59,10 +59,14 @@ class Decoder:
 
 
 class Conversation:
-    """A cache and the count of tokens in it. fixed: the inputs besides ids and positions, as tensors."""
+    """A cache and the count of tokens in it. fixed: the inputs besides ids and positions, as tensors.
 
-    def __init__(self, decoder: Decoder, fixed: Mapping[str, Tensor], context: int | None) -> None:
-        self.decoder, self.length, self.calls = decoder, 0, 0
+    prefill: a function of a fixed count of tokens beside the decoder's, which takes full chunks of that count.
+    """
+
+    def __init__(self, decoder: Decoder, fixed: Mapping[str, Tensor], context: int | None,
+                 prefill: Decoder | None = None) -> None:
+        self.decoder, self.prefill, self.length, self.calls = decoder, prefill, 0, 0
         names = {value.name for value in decoder.function.inputs}
         if "image_embeds" in fixed and "image_embeds" not in names:
             raise HarnessError("the request has an image, but the decoder has no input image_embeds",
@@ -83,6 +87,12 @@ class Conversation:
 
         Raises HarnessError where the cache would be too short.
         """
+        full = self.prefill.layout.tokens if self.prefill and not tapped else None
+        if full and len(ids) >= full:
+            cut = len(ids) - len(ids) % full
+            parts = [self._single(self.prefill, ids[start:start + full])[0] for start in range(0, cut, full)]
+            rest = [self.feed(ids[cut:], chunk=chunk)[0]] if cut < len(ids) else []
+            return torch.cat([*parts, *rest]), {}
         if self.length + len(ids) > self.context:
             raise HarnessError(f"{self.length + len(ids)} tokens are fed, the cache has {self.context} slots")
         per_call = self.decoder.layout.tokens
@@ -97,17 +107,27 @@ class Conversation:
     def _call(self, ids: np.ndarray, stacked: bool, tapped: bool) -> tuple[Tensor, dict[str, Tensor]]:
         if self.decoder.record and not stacked and not tapped:
             return self._replayed(int(ids[0])), {}
-        run = self.decoder.layers(tapped) if stacked else self.decoder.step(tapped)
-        given = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int32)).to(run.device)
-        before, self.length = self.length, self.length + len(ids)
-        ramp = torch.arange(self.length, dtype=torch.int32, device=run.device)[None]
-        self.calls += 1
-        if stacked:
-            places: Any = [ramp[:, :total] for total in range(before + 1, self.length + 1)]
-            outputs, taps = run(self.states, input_ids=given[:, None, None], position_ids=places, **self.fixed)
-            return outputs["logits"][:, 0, -1], {name: _rows(value, len(ids)) for name, value in taps.items()}
-        outputs, taps = run(self.states, input_ids=given[None], position_ids=ramp, **self.fixed)
+        if not stacked:
+            return self._single(self.decoder, ids, tapped)
+        given, ramp, run = *self._given(ids), self.decoder.layers(tapped)
+        places: Any = [ramp[:, :total] for total in range(self.length - len(ids) + 1, self.length + 1)]
+        outputs, taps = run(self.states, input_ids=given[:, None, None], position_ids=places, **self.fixed)
+        return outputs["logits"][:, 0, -1], {name: _rows(value, len(ids)) for name, value in taps.items()}
+
+    def _single(self, decoder: Decoder, ids: np.ndarray, tapped: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """One call of a program as it stands."""
+        given, ramp = self._given(ids)
+        outputs, taps = decoder.step(tapped)(self.states, input_ids=given[None], position_ids=ramp, **self.fixed)
         return outputs["logits"][0], {name: _rows(value, len(ids)) for name, value in taps.items()}
+
+    def _given(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The ids, and the ramp of all places up to them, which are taken from now on."""
+        self.length, self.calls = self.length + len(ids), self.calls + 1
+        if self.length > self.context:
+            raise HarnessError(f"{self.length} tokens are fed, the cache has {self.context} slots")
+        device = self.decoder.constants.device
+        return (torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int32)).to(device),
+                torch.arange(self.length, dtype=torch.int32, device=device)[None])
 
     def _replayed(self, token: int) -> Tensor:
         """A single token by a recorded call. The first one is computed both ways: Raises HarnessError where they differ."""

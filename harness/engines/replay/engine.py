@@ -45,6 +45,7 @@ class ReplayEngine:
     matrix as computed with, which is faster token by token and takes 2 or 4 bytes a weight; by default where they take
     less than 2 GiB, or on a GPU. order: of a program of one token a call, `layers` (many tokens a pass) or `steps`; by
     default layers where the structure allows it (`facts["order"]` says why not).
+    prefill: full chunks of the prompt go through the function `prefill` beside the main one; inner seams are then not read.
     chunk: tokens a pass or a call takes at most. Other parameters as of `harness.engines.coreai.CoreAIEngine`.
     Raises HarnessError for a name that is not known, and Undecided where torch has no such device.
     """
@@ -52,7 +53,7 @@ class ReplayEngine:
     def __init__(self, decoder: Path, vision: Path | None = None, *, geometry: Geometry,
                  grid: tuple[int, int] = (28, 28), context: int | None = None, seam_index: Path | None = None,
                  embeds: Embeds | None = None, arithmetic: str = "fp32", device: str = "cpu", dense: bool | None = None,
-                 order: str | None = None, chunk: int | None = None, timeout_s: float = 900.0, tmp: Path | None = None) -> None:
+                 order: str | None = None, prefill: bool = False, chunk: int | None = None, timeout_s: float = 900.0, tmp: Path | None = None) -> None:
         self.arithmetic: Arithmetic = arithmetic_of(arithmetic)
         if order not in (None, *ORDERS):
             raise HarnessError(f"{order!r} is not known", where="order", fix=f"known are {', '.join(ORDERS)}")
@@ -62,7 +63,7 @@ class ReplayEngine:
             raise Undecided(f"torch finds no device {device!r} here", fix="use --device cpu")
         self.decoder, self.vision = Path(decoder).resolve(), Path(vision).resolve() if vision else None
         self.geometry, self.grid, self.context, self.embeds = geometry, grid, context, embeds
-        self.device, self.dense, self.order, self.chunk = device, dense, order, chunk
+        self.device, self.dense, self.order, self.chunk, self.prefill = device, dense, order, chunk, prefill
         self.timeout_s, self.tmp, self.seam_index = timeout_s, tmp, seam_index
         self.name = f"replay-{arithmetic}" if arithmetic.endswith("-cpu") else f"replay-{arithmetic}-{device}"
         self.facts: dict[str, Any] = {}
@@ -136,6 +137,7 @@ class _Run:
                 raise HarnessError(f"has {found.layers} layers and vocabulary {found.vocab}, the checkpoint "
                                    f"{engine.geometry.layers} and {engine.geometry.vocab}",
                                    fix="give the checkpoint that the bundle was made from")
+        self.prefill = self._prefill() if engine.prefill else None
         self.vision = None
         if images and engine.vision_program and engine.embeds is None:
             with within(engine.vision.name):
@@ -166,6 +168,13 @@ class _Run:
             made.step(bool(taps))
             return made, f"steps: {error}"
 
+    def _prefill(self) -> Decoder:
+        functions = self.engine.program.functions
+        if "prefill" not in functions:
+            raise HarnessError(f"has no function prefill; its functions are {', '.join(functions)}",
+                               where=self.engine.decoder.name)
+        return Decoder(functions["prefill"], self.decoder.constants, {}, "steps")
+
     def _constants(self, function: Function) -> Constants:
         engine = self.engine
         dense = engine.dense if engine.dense is not None else engine.device != "cpu" or _size(function) < 1 << 29
@@ -179,8 +188,8 @@ class _Run:
         encoded = time.perf_counter()
         fixed |= {name: torch.tensor([value], dtype=torch.int32) for name, value in
                   (("rope_shift_start", host.shift_start), ("rope_shift_amount", host.shift_amount))}
-        talk = Conversation(self.decoder, fixed, engine.context)
-        logits, rows = talk.feed(host.ids, bool(self.decoder.taps), engine.chunk)
+        talk = Conversation(self.decoder, fixed, engine.context, self.prefill)
+        logits, rows = talk.feed(host.ids, bool(self.decoder.taps) and self.prefill is None, engine.chunk)
         prefilled = time.perf_counter()
         tokens, steps = [], [logits]
         for _ in range(request.free):

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.errors import HarnessError
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work too small to share: on a busy machine threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def steps(count: int, device: str) -> Iterator[int]:
+    """0 .. count - 1; what a step computes is small."""
+    if device != "cpu":
+        yield from range(count)
+        return
+    with one_thread():
+        yield from range(count)
 
 
 def put(x: Tensor, update: Tensor, window: Any) -> None:
@@ -45,4 +67,4 @@ def first_largest(x: Tensor, axis: int) -> Tensor:
     return torch.where(largest, places, x.shape[axis]).amin(axis, keepdim=True)
 
 
-NAMES = ("put", "updated", "gather_nd", "gather_along_axis", "first_largest")
+NAMES = ("steps", "put", "updated", "gather_nd", "gather_along_axis", "first_largest")

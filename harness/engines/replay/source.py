@@ -120,7 +120,7 @@ class Writer:
         body = [line for node in block.nodes for line in self._lines(node)]
         body += [f"l{value.id}.append(v{value.id})" for value in made]
         self._named = outer
-        lines = [f"    l{value.id} = []" for value in made] + ["    for p in range(B):"]
+        lines = [f"    l{value.id} = []" for value in made] + ["    for p in steps(B, device):"]
         lines += [f"        {line}" for line in body]
         lines += [f"    v{value.id} = torch.stack(l{value.id})" for value in made if None not in value.shape]
         return lines + [f"    {line}" for node in block.nodes for line in self._deletions(node)]

@@ -53,9 +53,11 @@ class Weight:
             yield self._rows(arithmetic, start, min(start + step, count), block)
 
     def hold(self, arithmetic: Arithmetic) -> Weight:
-        """The same with the whole matrix in memory."""
+        """The same with the whole matrix in memory of its own, and its codes let go."""
+        arithmetic.scratch = None
         parts = list(self.parts(arithmetic))
-        return replace(self, whole=parts[0] if len(parts) == 1 else torch.cat(parts))
+        return replace(self, data=self.data[:0], scale=None, offset1=None, offset2=None,
+                       whole=parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _rows(self, arithmetic: Arithmetic, start: int, stop: int, block: int) -> Tensor:
         if self.scale is None:
@@ -71,5 +73,7 @@ class Weight:
 
 def linear(arithmetic: Arithmetic, x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] -> [..., out]: the product with a weight, part by part."""
+    if weight.whole is None and arithmetic.scratch is None and not x.is_cuda:
+        arithmetic.scratch = torch.empty(PART)
     parts = [arithmetic.linear(x, rows) for rows in weight.parts(arithmetic)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
