@@ -117,8 +117,8 @@ class _Decoder:
         for place, (layer, kind) in enumerate(expected):
             if kinds[place:place + 1] != [kind]:
                 found.check(False, f"addition {place + 1} to the stream is layer {layer}'s {kind}")
-        found.check(len(kinds) == len(expected), f"{layers} layers in the cache, as many in the stream, each of attention and "
-                                                 f"MLP, the first {deep} with DeepStack")
+        found.check(len(kinds) == len(expected), f"{layers} layers in the cache, as many in the stream, each of attention "
+                                                 f"and MLP, the first {deep} with DeepStack")
         start = flow.source(self.steps[0].before)
         found.check("softmax" not in flow.of(start) and "read_handle" not in flow.of(start), "the stream begins at embeddings")
         self._tap("decoder.embed", self.steps[0].before)
