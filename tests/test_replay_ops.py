@@ -22,7 +22,7 @@ from harness.engines.replay.coreai_cpu import CoreAICpu
 
 pytest.importorskip("coreai")
 KINDS = ("f16", "f32", "si32", "i1")
-SOME = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 FAR = 2**31 - 1
 

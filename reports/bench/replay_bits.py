@@ -26,6 +26,9 @@ from harness.export import export
 from harness.oracle import freeze
 from harness.trace import Trace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from externalized import save_externalized  # noqa: E402
+
 BUNDLES = [(mode, activations) for mode in ("fp16", "int8lin", "int8hu") for activations in ("fp16", "fp32")]
 CONTEXT, FREE = 256, 24
 
@@ -52,11 +55,15 @@ def rows(checkpoint: Checkpoint, frozen: FrozenInputs, root: Path) -> Iterator[l
         made = export(checkpoint, root, mode, context=CONTEXT, activations=activations, dynamic=True, vision=True,
                       name=f"tiny-{mode}-{activations}")
         vision = asset(made.vision)
-        for tokens, bundle, orders in (("1", made.decoder, ("steps", "layers")), ("any", made.dynamic, ("chunks",))):
+        published = save_externalized(checkpoint, root / f"published-{mode}-{activations}.aimodel", mode, grid=(28, 28),
+                                      context=CONTEXT, activations=activations)
+        for tokens, decoder, orders in (("1", asset(made.decoder), ("steps", "layers")),
+                                        ("1, externalized norms", published, ("steps", "layers")),
+                                        ("any", asset(made.dynamic), ("chunks",))):
             settings = {"geometry": checkpoint.geometry, "context": CONTEXT, "chunk": 100}
-            want, runtime_s = run(CoreAIEngine(asset(bundle), vision, **settings), frozen)
+            want, runtime_s = run(CoreAIEngine(decoder, vision, **settings), frozen)
             for order in orders:
-                engine = ReplayEngine(asset(bundle), vision, arithmetic="coreai-cpu",
+                engine = ReplayEngine(decoder, vision, arithmetic="coreai-cpu",
                                       order="layers" if order == "layers" else "steps", **settings)
                 got, replay_s = run(engine, frozen)
                 yield [mode, activations, tokens, order, *counts(got, want, ("logits",)),
