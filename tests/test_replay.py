@@ -83,6 +83,34 @@ def test_fp32_is_the_exported_graph_bit_for_bit(small: Small, program: Program):
         assert torch.equal(ours, theirs)
 
 
+def test_what_vision_differs_in_has_three_names(small: Small, monkeypatch):
+    """The patch bias folded into the positions, a Linear's bias added after its product, layer norm spelled out: with the
+    torch tower doing the same, nothing is left."""
+    recorded = next(engine(small).run([request(small)]))
+    product = torch.nn.functional.linear
+
+    def apart(x, weight, bias=None):
+        return product(x, weight) if bias is None else product(x, weight) + bias
+
+    def spelled(x, shape, weight, bias, eps):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps) * weight + bias
+
+    monkeypatch.setattr(torch.nn.functional, "linear", apart)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", spelled)
+    seen = {}
+
+    def tap(name, value):
+        seen[name] = torch.from_numpy(recorded[name]).reshape(value.shape) if name == "vision.embed" else value
+        return seen[name]
+
+    small.twin.conversion.encode(torch.from_numpy(small.image_case().patches), tap)
+    compared = set(seen) & set(recorded)
+    assert len(compared) > 20
+    for name in compared:
+        assert np.array_equal(seen[name].numpy().reshape(recorded[name].shape), recorded[name]), name
+
+
 def test_every_seam_is_the_twin_s(small: Small):
     trace = next(engine(small).run([request(small)]))
     twin = next(small.twin.run([request(small)]))

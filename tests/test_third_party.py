@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from random_models import write_checkpoint
 
@@ -223,6 +224,19 @@ def test_a_stale_row_inside_a_foreign_bundle_goes_red(options, shipped):
                                                                               ("words", "kv.keys.02")]
     assert not {"kv.keys.01", "kv.values.01"} & seams(verdicts, Outcome.FAIL)
     assert folded(verdicts, LENIENT, "engine") is Outcome.FAIL
+
+
+def test_replay_of_a_foreign_bundle_is_the_runtime_bit_for_bit(on_engine, options, shipped):
+    """Its program is written otherwise than ours: fused matrices, other views, tables instead of formulas."""
+    replayed = Subject(replace(options, bundle=shipped["healthy"], vision_bundle=shipped["vision"],
+                               engine="replay:coreai-cpu"))
+    for case in on_engine.engine_cases():
+        apple, ours = on_engine.engine_trace(case), replayed.engine_trace(case)
+        assert {"logits", "kv.keys", "kv.values"} <= set(apple) <= set(ours)
+        assert [seam for seam in apple if not np.array_equal(apple[seam], ours[seam])] == []
+    # It writes all layers of its cache at once, behind the last: an order that cannot be turned is not turned.
+    assert replayed.shipped.engine.facts["order"].startswith("steps: main: operations")
+    assert replayed.shipped.engine.name == "replay-coreai-cpu"
 
 
 def test_weights_fused_inside_a_foreign_bundle_are_found_and_a_stale_row_is_named(options, shipped):

@@ -46,6 +46,10 @@ class Arithmetic:
         """A constant as stored -> as computed with."""
         return x
 
+    def keep(self, w: Tensor) -> Tensor:
+        """A matrix that `linear` will take again and again, in the form that is quickest to compute with."""
+        return w
+
     def cast(self, x: Tensor, dtype: str) -> Tensor:
         """Truncates towards zero from float to integer; rounds to nearest even between floats."""
         return x.to(self.held(dtype))
@@ -241,8 +245,12 @@ class Fp16(Arithmetic):
             return torch.matmul(x, y)
         return torch.matmul(x.float(), y.float()).to(x.dtype)
 
+    def keep(self, w: Tensor) -> Tensor:
+        """On a CPU, which has no such products, widened once."""
+        return w.float() if w.dtype == torch.float16 and not w.is_cuda else w
+
     def linear(self, x: Tensor, w: Tensor) -> Tensor:
-        """As above, rounded once."""
+        """As above, rounded once; w may come widened."""
         if x.dtype != torch.float16 or x.is_cuda:
             return F.linear(x, w)
         return F.linear(x.float(), w.float()).to(x.dtype)

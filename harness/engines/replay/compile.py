@@ -62,11 +62,11 @@ class Constants:
         """A matrix that products take."""
         key = (id(data.constant), hash(casts))
         if key not in self._tables:
-            changed = companions or casts or data.dtype in ("f16", "bf16") and self.arithmetic.held(data.dtype).itemsize > 2
-            held = (lambda value: tensor(value.constant, self.device)) if self.dense and changed else self.stored
+            coded = bool(companions or casts)
+            held = (lambda value: tensor(value.constant, self.device)) if self.dense and coded else self.stored
             parts = [None if value.constant.fill == 0 else held(value) for value in companions]
             weight = Weight(held(data), *parts, casts=casts)
-            self._tables[key] = weight.hold(self.arithmetic) if self.dense and changed else weight
+            self._tables[key] = weight.hold(self.arithmetic) if self.dense else weight
         return self._tables[key]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.bundle import check_asset
 from harness.cases import FrozenInputs
 from harness.engines import Request
+from harness.engines.program import DTYPES
 from harness.engines.replay.arithmetic import Arithmetic, Fp16
 from harness.engines.replay.arithmetics import arithmetic as arithmetic_of
 from harness.engines.replay.compile import Constants, compiled
@@ -148,8 +149,9 @@ class _Run:
         engine.facts = {"cold_load_s": time.perf_counter() - started, "warm_load_s": None, "compute_unit": engine.device,
                         "runtime": f"judged by replay (arithmetic {engine.arithmetic.name}), {PROVEN}; "
                                    f"torch {torch.__version__}",
-                        "platform": f"{platform.system()} {platform.machine()}", "dtype": found.dtype, "order": order,
-                        "context": found.context, "asset_bytes": sum(file.stat().st_size for file in files)}
+                        "platform": f"{platform.system()} {platform.machine()}", "dtype": DTYPES.get(found.dtype, found.dtype),
+                        "vocab": found.vocab, "layers": found.layers, "slots": found.slots, "dynamic": found.tokens is None,
+                        "order": order, "context": found.context, "asset_bytes": sum(file.stat().st_size for file in files)}
 
     def _decoder(self, taps: Mapping[str, Value]) -> tuple[Decoder, str]:
         """The decoder, compiled, and in which order it runs. What cannot be compiled is refused before any request."""

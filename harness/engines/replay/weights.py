@@ -56,8 +56,8 @@ class Weight:
         """The same with the whole matrix in memory of its own, and its codes let go."""
         arithmetic.scratch = None
         parts = list(self.parts(arithmetic))
-        return replace(self, data=self.data[:0], scale=None, offset1=None, offset2=None,
-                       whole=parts[0] if len(parts) == 1 else torch.cat(parts))
+        whole = arithmetic.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return replace(self, data=self.data[:0], scale=None, offset1=None, offset2=None, whole=whole)
 
     def _rows(self, arithmetic: Arithmetic, start: int, stop: int, block: int) -> Tensor:
         if self.scale is None:
