@@ -70,7 +70,7 @@ with np.errstate(all="ignore"):
     MANY_FP32 = MANY_FP32.astype(np.float32)
 FUNCTIONS = {name: (lambda x, name=name: A.unary(name, x)) for name in (
     "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh",
-    "atanh", "erf", "abs")}
+    "atanh", "erf", "abs", "round")}
 FUNCTIONS |= {"silu": A.silu, "sigmoid": A.sigmoid, "relu": A.relu}
 
 
