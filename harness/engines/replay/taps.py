@@ -120,7 +120,7 @@ class _Decoder:
         found.check(len(kinds) == len(expected), f"{layers} layers in the cache, as many in the stream, each of attention "
                                                  f"and MLP, the first {deep} with DeepStack")
         start = flow.source(self.steps[0].before)
-        found.check("softmax" not in flow.of(start) and "read_handle" not in flow.of(start), "the stream begins at embeddings")
+        found.check(not flow.of(start) & {"softmax", "read_handle"}, "the stream begins at embeddings")
         self._tap("decoder.embed", self.steps[0].before)
         layer = -1
         for step, kind in zip(self.steps, kinds):
