@@ -150,7 +150,7 @@ def table(found: list[tuple[str, str, Outcome]]) -> str:
         row = [counts[way, kind] for kind in kinds]
         lines.append(f"| {way} | {sum(row)} | {' | '.join(map(str, row))} |")
     slowest, biggest = max(one.seconds for *_, one in found), max(one.memory for *_, one in found)
-    lines.append(f"\nSlowest {slowest:.2f} s; most memory of a reading process {biggest / 2**20:.0f} MiB, the bindings included.")
+    lines.append(f"\nSlowest {slowest:.2f} s; most memory of a reading process {biggest / 2**20:.0f} MiB, bindings included.")
     return "\n".join(lines)
 
 

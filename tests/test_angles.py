@@ -1,4 +1,4 @@
-"""The shipped program's position arithmetic, evaluated at every place: right for ours, and every wrong integer is counted."""
+"""The shipped program's position arithmetic, evaluated at every place: ours is right, every wrong integer is counted."""
 
 from __future__ import annotations
 

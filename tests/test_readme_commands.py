@@ -23,7 +23,8 @@ from harness.run import write_json
 
 EXPENSIVE = {"gate": "tests/test_action.py and `make demo` run it whole", "calibrate": "tests/test_calibrate.py",
              "faults": "tests/test_faults.py runs `--fast` faults", "record": "tests/test_cli_files.py",
-             "export": "tests/test_export.py", "ladder": "tests/test_cli.py"}
+             "export": "tests/test_export.py", "ladder": "tests/test_cli.py", "diff": "tests/test_difference.py",
+             "replay": "tests/test_replay.py", "sketch": "tests/test_sketch.py", "synth": "tests/test_synth.py"}
 PLACES = {"REPORT": "report", "BUNDLE": BUNDLE, "DIR": "vision", "KEY": "key", "KEY.pub": "key.pub", "BEFORE": "report",
           "AFTER": "after"}
 CODES = {"verify": {0, 1}, "publish-check": {1}, "report": {0}, "doctor": {0, 3}}

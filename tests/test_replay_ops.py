@@ -6,7 +6,9 @@ range. Where the runtime refuses an input, replay must refuse it too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ from test_coreai_cpu import draw, same
 
 from harness.engines.replay.compile import Constants, compiled
 from harness.engines.replay.coreai_cpu import CoreAICpu
+from harness.engines.replay.ops import TABLE
 
 pytest.importorskip("coreai")
 KINDS = ("f16", "f32", "si32", "i1")
-SOME = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 FAR = 2**31 - 1
 
@@ -189,7 +192,8 @@ def test_gathers(runtime: Runtime, data: st.DataObject) -> None:
 def test_choices(runtime: Runtime, data: st.DataObject) -> None:
     dtype, x = tensors(data)
     other, picked = draw(dtype, x.shape, 5), draw("i1", x.shape[-1:], 6)
-    run_both(runtime, Operation("decomposable.broadcasting_where", (dtype, x.shape), ("i1", picked), (dtype, x), (dtype, other)))
+    operands = ("i1", picked), (dtype, x), (dtype, other)
+    run_both(runtime, Operation("decomposable.broadcasting_where", (dtype, x.shape), *operands))
     for name in ("equal", "not_equal", *(("greater",) if dtype != "i1" else ())):
         run_both(runtime, Operation(f"decomposable.broadcasting_{name}", ("i1", x.shape), (dtype, x), (dtype, other)))
     if dtype == "i1":
@@ -234,3 +238,35 @@ def test_nothing_at_all(runtime: Runtime, dtype: str, shape: tuple[int, ...]) ->
         turned = np.ascontiguousarray(np.swapaxes(x, -1, -2))
         run_both(runtime, Operation("decomposable.broadcasting_batch_matmul",
                                     (dtype, (*shape[:-1], shape[-2])), (dtype, x), (dtype, turned)))
+
+
+FLOATING = ("add", "sub", "mul", "divide", "maximum", "minimum", "pow", "modulo", "floor_divide")
+COMPARING = ("equal", "not_equal", "greater")
+LOGICAL = ("and", "or", "xor")
+BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor")
+
+
+@pytest.mark.parametrize("name", [*FLOATING, *COMPARING, *LOGICAL, *BITWISE, "where", "batch_matmul"])
+def test_operations_that_do_not_broadcast(runtime: Runtime, name: str) -> None:
+    """The same rules serve the operations of equal shapes."""
+    dtype = "i1" if name in LOGICAL else "si32" if name in BITWISE else "f16"
+    x, y = (draw(dtype, (3, 4, 4), seed) for seed in (1, 2))
+    result = "i1" if name in COMPARING else dtype
+    operands = [(dtype, x), (dtype, y)]
+    if name == "where":
+        operands.insert(0, ("i1", draw("i1", (3, 4, 4), 3)))
+    run_both(runtime, Operation(name, (result, x.shape), *operands))
+
+
+@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("dtype", ["si8", "si32", "i1"])
+def test_bits(runtime: Runtime, name: str, dtype: str) -> None:
+    x, y = draw(dtype, (5, 7), 1), draw(dtype, (7,), 2)
+    run_both(runtime, Operation(f"decomposable.broadcasting_{name}", (dtype, x.shape), (dtype, x), (dtype, y)))
+
+
+def test_every_operation_of_the_table_is_tried() -> None:
+    """A rule that is added is tried here or in `test_coreai_cpu`."""
+    tried = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8")
+                    for name in ("test_replay_ops.py", "test_coreai_cpu.py"))
+    assert not [name for name in TABLE if not re.search(rf'[". ]{name.removeprefix("broadcasting_")}[" ]', tried)]

@@ -86,8 +86,7 @@ def main(asset: Path) -> Function:
 
 def test_what_is_checked(small: Small) -> None:
     checks = decoder_taps(main(small.decoder)).checks
-    assert "3 layers in the cache, as many attentions in the stream" in checks
-    assert "6 + 3 additions in the order of layers, DeepStack in the first 3" in checks
+    assert "3 layers in the cache, as many in the stream, each of attention and MLP, the first 3 with DeepStack" in checks
     assert sum("writes slot" in check for check in checks) == 2 * 3
     assert "DeepStack outputs read the stream after blocks [0, 1, 2]" in vision_taps(main(small.vision)).checks
 
@@ -105,7 +104,7 @@ def test_a_stream_with_an_addition_too_few_is_refused(small: Small) -> None:
     stream = decoder_taps(function).values["decoder.layers.01"]
     node = next(node for node in function.nodes if stream in node.results)
     lost = replace(node, op="reshape", operands=node.operands[:1])
-    with pytest.raises(HarnessError, match="one MLP a layer"):
+    with pytest.raises(HarnessError, match="addition 5 to the stream is layer 1's mlp"):
         decoder_taps(replace(function, nodes=tuple(lost if one is node else one for one in function.nodes)))
 
 

@@ -48,8 +48,8 @@ def angles(subject: Subject, case: str) -> Verdict:
             total, wrong = total + off.size, wrong + int(off.sum())
             if off.any() and not first:
                 place, lane = (int(part) for part in np.argwhere(off)[0])
-                first = (f", the first with {name} at place {place}, lane {lane}: {half[place, lane] / frequencies[lane]:.6g} "
-                         f"where {planes[axis[lane], place]} is right")
+                first = (f", the first with {name} at place {place}, lane {lane}: "
+                         f"{half[place, lane] / frequencies[lane]:.6g} where {planes[axis[lane], place]} is right")
     reason = f"{wrong} of {total} angles are another position's{first}" if wrong else f"{total} angles as the contract says"
     return Verdict("weights", case, SEAM, Outcome.FAIL if wrong else Outcome.PASS, reason, "mismatches", float(wrong), 0.0)
 

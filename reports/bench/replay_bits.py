@@ -1,6 +1,7 @@
 """Replay with the arithmetic `coreai-cpu` against Apple's runtime, for every bundle that we export of the tiny checkpoint.
 
-    python reports/bench/replay_bits.py [CASE]        # default scene-211: 211 prefill and 24 greedy steps
+    python reports/bench/replay_bits.py [CASE] [MODE-ACTIVATIONS ...]     # by default scene-211 (211 prefill and 24 greedy
+                                                                          # steps) and all: fp16-fp16, int8hu-fp32, ...
 
 Prints a Markdown table: how many of the logits and cache entries differ in any bit, by order of execution. Exits 1 where
 one does.
@@ -26,11 +27,14 @@ from harness.export import export
 from harness.oracle import freeze
 from harness.trace import Trace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from externalized import save_externalized  # noqa: E402
+
 BUNDLES = [(mode, activations) for mode in ("fp16", "int8lin", "int8hu") for activations in ("fp16", "fp32")]
 CONTEXT, FREE = 256, 24
 
 
-def main(name: str = "scene-211") -> int:
+def main(name: str = "scene-211", *only: str) -> int:
     """Export, run, compare, print."""
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(EMBEDDED)
@@ -40,23 +44,29 @@ def main(name: str = "scene-211") -> int:
           f"| runtime, s | replay, s |\n|{'---|' * 12}")
     failed = False
     with tempfile.TemporaryDirectory() as root:
-        for row in rows(checkpoint, frozen, Path(root)):
+        bundles = [bundle for bundle in BUNDLES if not only or "-".join(bundle) in only]
+        for row in rows(checkpoint, frozen, Path(root), bundles):
             failed |= any(row[place] for place in (5, 7, 9))
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return int(failed)
 
 
-def rows(checkpoint: Checkpoint, frozen: FrozenInputs, root: Path) -> Iterator[list[object]]:
+def rows(checkpoint: Checkpoint, frozen: FrozenInputs, root: Path,
+         bundles: list[tuple[str, str]]) -> Iterator[list[object]]:
     """One row a decoder and order of execution; the vision tower runs in the first of each kind of activations."""
-    for mode, activations in BUNDLES:
+    for mode, activations in bundles:
         made = export(checkpoint, root, mode, context=CONTEXT, activations=activations, dynamic=True, vision=True,
                       name=f"tiny-{mode}-{activations}")
         vision = asset(made.vision)
-        for tokens, bundle, orders in (("1", made.decoder, ("steps", "layers")), ("any", made.dynamic, ("chunks",))):
+        published = save_externalized(checkpoint, root / f"published-{mode}-{activations}.aimodel", mode, grid=(28, 28),
+                                      context=CONTEXT, activations=activations)
+        for tokens, decoder, orders in (("1", asset(made.decoder), ("steps", "layers")),
+                                        ("1, externalized norms", published, ("steps", "layers")),
+                                        ("any", asset(made.dynamic), ("chunks",))):
             settings = {"geometry": checkpoint.geometry, "context": CONTEXT, "chunk": 100}
-            want, runtime_s = run(CoreAIEngine(asset(bundle), vision, **settings), frozen)
+            want, runtime_s = run(CoreAIEngine(decoder, vision, **settings), frozen)
             for order in orders:
-                engine = ReplayEngine(asset(bundle), vision, arithmetic="coreai-cpu",
+                engine = ReplayEngine(decoder, vision, arithmetic="coreai-cpu",
                                       order="layers" if order == "layers" else "steps", **settings)
                 got, replay_s = run(engine, frozen)
                 yield [mode, activations, tokens, order, *counts(got, want, ("logits",)),

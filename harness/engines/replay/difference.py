@@ -93,7 +93,8 @@ class _Comparison:
             if tag == "equal":
                 yield from zip(ours[a:b], theirs[c:d])
                 continue
-            parts = [f"{sign}{_describe(node)}" for sign, nodes in (("- ", ours[a:b]), ("+ ", theirs[c:d])) for node in nodes]
+            sides = ("- ", ours[a:b]), ("+ ", theirs[c:d])
+            parts = [f"{sign}{_describe(node)}" for sign, nodes in sides for node in nodes]
             self._add("structure", (ours[a:b] or ours[a - 1:a] or ours[:1])[0], "; ".join(parts))
             if a < b and c < d:  # what a changed stretch hands on stands for what it handed on before
                 self._same |= {left.id: right.id for left, right in zip(ours[b - 1].results, theirs[d - 1].results)
@@ -154,8 +155,8 @@ def compare(left: Constant, right: Constant) -> str | None:
     if not total:
         return None
     spread = f" in {len(rows)} of {len(ours)} rows" if ours.ndim > 1 else ""
-    return (f"{left.dtype}{list(left.shape)}: {total} of {left.size} values differ{spread}, by at most {most:.6g}, the first "
-            f"at {first[0]}: {first[1]!r} -> {first[2]!r}")
+    return (f"{left.dtype}{list(left.shape)}: {total} of {left.size} values differ{spread}, by at most {most:.6g}, "
+            f"the first at {first[0]}: {first[1]!r} -> {first[2]!r}")
 
 
 def _floating(constant: Constant) -> bool:

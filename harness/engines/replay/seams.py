@@ -58,7 +58,8 @@ def taps_of(index: Path | None, assets: Mapping[str, tuple[Path, Function]]) -> 
     table = read_json(index) if index is not None else {}
     for tower, (asset, function) in assets.items():
         part = table.get(tower) or {}
-        if part.get("program") != (asset / PROGRAM_HASH).read_bytes().hex():
+        known = part.get("program") == (asset / PROGRAM_HASH).read_bytes().hex()
+        if not known or not any("at" in entry for entry in part["seams"].values()):
             values[tower], rows[tower], how[tower] = _by_structure(tower, function)
             continue
         how[tower] = "the index of its export"

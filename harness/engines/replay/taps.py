@@ -112,13 +112,15 @@ class _Decoder:
         flow, found, layers = self.flow, self.found, self.layout.layers
         kinds = [self._kind(step) for step in self.steps]
         deep = kinds.count("deepstack")
-        found.check(kinds.count("attention") == layers, f"{layers} layers in the cache, as many attentions in the stream")
-        found.check(kinds.count("mlp") == layers, "one MLP a layer")
-        expected = [kind for layer in range(layers) for kind in
+        expected = [(layer, kind) for layer in range(layers) for kind in
                     ("attention", "mlp", *(("deepstack",) if layer < deep else ()))]
-        found.check(kinds == expected, f"{2 * layers} + {deep} additions in the order of layers, DeepStack in the first {deep}")
+        for place, (layer, kind) in enumerate(expected):
+            if kinds[place:place + 1] != [kind]:
+                found.check(False, f"addition {place + 1} to the stream is layer {layer}'s {kind}")
+        found.check(len(kinds) == len(expected), f"{layers} layers in the cache, as many in the stream, each of attention "
+                                                 f"and MLP, the first {deep} with DeepStack")
         start = flow.source(self.steps[0].before)
-        found.check("softmax" not in flow.of(start) and "read_handle" not in flow.of(start), "the stream begins at embeddings")
+        found.check(not flow.of(start) & {"softmax", "read_handle"}, "the stream begins at embeddings")
         self._tap("decoder.embed", self.steps[0].before)
         layer = -1
         for step, kind in zip(self.steps, kinds):
