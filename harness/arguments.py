@@ -67,6 +67,18 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
 
 
+def synth(parser: argparse.ArgumentParser) -> None:
+    """`harness synth`."""
+    from harness.synth.sizes import SIZES
+
+    add = parser.add_argument
+    add("target", type=Path, metavar="DIR", help="where the checkpoint goes; must not be there yet")
+    add("--size", choices=tuple(SIZES), required=True, help="geometry of which model")
+    add("--seed", type=int, default=0, help="which random weights (default: 0)")
+    add("--layers", type=int, metavar="N", help="fewer decoder layers, at full width")
+    add("--vision-layers", type=int, metavar="N", help="fewer vision blocks, at full width")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     """`harness export`."""
     add = parser.add_argument

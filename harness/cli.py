@@ -128,6 +128,18 @@ def _layers(text: str | None, count: int) -> frozenset[int] | str | None:
     return frozenset(map(int, parts))
 
 
+def _synth(arguments: Arguments) -> int:
+    from harness.synth import plan, synthesize
+    from harness.terminal import Screen
+
+    what = plan(arguments.size, arguments.layers, arguments.vision_layers)
+    print(what.describe(arguments.target), flush=True)
+    with Screen() as screen:
+        synthesize(what, arguments.target, arguments.seed, lambda done, total: screen.step("weights", done, total))
+    print(f"{arguments.target} is written: {arguments.size}, seed {arguments.seed}")
+    return ExitCode.PASS
+
+
 def _export(arguments: Arguments) -> int:
     checkpoint = subject_of(arguments).checkpoint
     from harness.export import export  # heavy, so what can be refused is refused before
@@ -215,6 +227,7 @@ VERBS = {
                  _gate),
     "ladder": Verb("run some rungs", (takes.subject, takes.output, takes.rung), _ladder),
     "record": Verb("record the fp32 oracle", (takes.record,), _record),
+    "synth": Verb("write a random checkpoint at full geometry", (takes.synth,), _synth),
     "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
                       (takes.subject, takes.calibrate), _calibrate),
