@@ -63,6 +63,11 @@ class Checkpoint:
                                    fix="download the shard again")
         return {name: self.root / shard for name, shard in weight_map.items()}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, sorted."""
+        return tuple(sorted(set(self._files.values())))
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
         return tuple(sorted(self._files))

@@ -47,6 +47,7 @@ def config_of(size: str, layers: int | None = None, vision_layers: int | None = 
         text |= REAL_TEXT | of["text"]
         vision |= of["vision"] | {"out_hidden_size": text["hidden_size"]}
         config["tie_word_embeddings"] = of["tied"]
+        text |= {"tie_word_embeddings": True} if of["tied"] else {}  # transformers 4.57 reads it here
     text["num_hidden_layers"] = layers or text["num_hidden_layers"]
     vision["depth"] = vision_layers or vision["depth"]
     taps = list(vision["deepstack_visual_indexes"])

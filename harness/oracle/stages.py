@@ -1,0 +1,143 @@
+"""The Hugging Face model without weights, and the stages in which it gets them: one block or layer at a time.
+
+A stage is what is in memory together: a vision block with the merger fed by it, a decoder layer, a block of rows of the
+head. Its seams make one part of the store, so a stage is also what a killed run does not do again. Stages follow from
+the geometry alone, never from the memory at hand: the bytes of an oracle do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from harness.checkpoint import Checkpoint
+from harness.errors import HarnessError
+from harness.geometry import Geometry
+from harness.oracle.model import misread, one_line
+
+TEXT, VISUAL, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
+EMBEDDING = TEXT + "embed_tokens.weight"
+HEAD_BYTES = 1 << 27
+"""Bytes of the head in float32 that make one stage."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter hangs, and the tensor of the checkpoint that it is."""
+
+    owner: nn.Module
+    attribute: str
+    tensor: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: of its part in the store. modules: in the order they are called. rows: of the head's matrix, or None."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    places: tuple[Place, ...]
+    rows: tuple[int, int] | None = None
+
+    @property
+    def elements(self) -> int:
+        """Weights, each on a boundary of 64 bytes."""
+        return sum(aligned(place.shape) for place in self.places)
+
+
+def aligned(shape: Sequence[int]) -> int:
+    """Elements that a tensor takes in a slot."""
+    return -(-int(torch.Size(shape).numel()) // 16) * 16
+
+
+def skeleton(checkpoint: Checkpoint, attention: str) -> Qwen3VLForConditionalGeneration:
+    """The model of `config.json` with its constants and without weights (on the meta device), in evaluation mode.
+
+    Raises HarnessError where transformers cannot build it, or reads another geometry from the config than it says.
+    """
+    try:
+        config = Qwen3VLConfig.from_pretrained(checkpoint.root, local_files_only=True)
+        config._attn_implementation = attention
+        with _weightless():
+            model = Qwen3VLForConditionalGeneration(config)
+        model.tie_weights()
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        raise HarnessError(f"transformers cannot build it ({one_line(error)})", where=checkpoint.root) from error
+    misread(model, checkpoint)
+    return model.eval()
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters go to the meta device as they are registered; buffers (frequencies) are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def stages_of(model: Any, geometry: Geometry, shapes: Mapping[str, Sequence[int]]) -> list[Stage]:
+    """All stages in the order of computation, the rows of the head last. shapes: of the checkpoint's tensors.
+
+    Raises HarnessError where the checkpoint lacks a tensor, has one too many, or one of another shape.
+    """
+    visual, text = model.model.visual, model.model.language_model
+    stages = []
+    for number, block in enumerate(visual.blocks):
+        modules = [block]
+        if number == 0:
+            modules = [visual.patch_embed, visual.pos_embed, block]
+        if number in geometry.deepstack_taps:
+            modules.append(visual.deepstack_merger_list[geometry.deepstack_taps.index(number)])
+        if number == geometry.vision_layers - 1:
+            modules.append(visual.merger)
+        stages.append(_stage(model, f"vision.{number:02d}", modules))
+    for number, layer in enumerate(text.layers):
+        stages.append(_stage(model, f"decoder.{number:02d}", [layer]))
+    stages.append(_stage(model, "norm", [text.norm]))
+    _check(stages, geometry, shapes)
+    return stages + head_stages(geometry)
+
+
+def head_stages(geometry: Geometry) -> list[Stage]:
+    """The head in blocks of rows, their size given by the width alone."""
+    source = EMBEDDING if geometry.tied else HEAD
+    step = max(1, HEAD_BYTES // (4 * geometry.hidden))
+    blocks = [(first, min(first + step, geometry.vocab)) for first in range(0, geometry.vocab, step)]
+    return [Stage(f"logits.{number:03d}", (), (Place(nn.Module(), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
+            for number, rows in enumerate(blocks)]
+
+
+def _stage(model: nn.Module, name: str, modules: list[nn.Module]) -> Stage:
+    names = {id(module): path for path, module in model.named_modules()}
+    places = [Place(owner, attribute, f"{names[id(owner)]}.{attribute}", tuple(parameter.shape))
+              for module in modules for owner in module.modules()
+              for attribute, parameter in owner._parameters.items() if parameter is not None]
+    return Stage(name, tuple(modules), tuple(places))
+
+
+def _check(stages: Sequence[Stage], geometry: Geometry, shapes: Mapping[str, Sequence[int]]) -> None:
+    table = (geometry.vocab, geometry.hidden)
+    wanted = {place.tensor: place.shape for stage in stages for place in stage.places} | {EMBEDDING: table}
+    if not geometry.tied or HEAD in shapes:
+        wanted[HEAD] = table
+    fix = "the oracle needs each tensor of the model, and no other"
+    for kind, names in (("missing", set(wanted) - set(shapes)), ("unexpected", set(shapes) - set(wanted))):
+        if names:
+            raise HarnessError(f"transformers reports {kind} keys: {sorted(names)[0]}", fix=fix)
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != tuple(shape):
+            raise HarnessError(f"has shape {list(shapes[name])}, the model's is {list(shape)}", where=name, fix=fix)
