@@ -115,10 +115,15 @@ def stages_of(model: Any, geometry: Geometry, shapes: Mapping[str, Sequence[int]
 def head_stages(geometry: Geometry) -> list[Stage]:
     """The head in blocks of rows, their size given by the width alone."""
     source = EMBEDDING if geometry.tied else HEAD
-    step = max(1, HEAD_BYTES // (4 * geometry.hidden))
+    step = head_rows(geometry)
     blocks = [(first, min(first + step, geometry.vocab)) for first in range(0, geometry.vocab, step)]
     return [Stage(f"logits.{number:03d}", (), (Place(nn.Module(), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
             for number, rows in enumerate(blocks)]
+
+
+def head_rows(geometry: Geometry) -> int:
+    """Rows of the head in one stage."""
+    return min(geometry.vocab, max(1, HEAD_BYTES // (4 * geometry.hidden)))
 
 
 def _stage(model: nn.Module, name: str, modules: list[nn.Module]) -> Stage:

@@ -24,6 +24,11 @@ INPUTS, ROLLOUT = "inputs", "rollout"
 """The parts that are no activations; every other part belongs to the trace."""
 
 
+JOINED = {"logits": 1, "kv.keys": None, "kv.values": None}
+"""What is recorded in pieces, and the axis they are joined along (None: a new one): logits by blocks of the vocabulary,
+the cache by layers."""
+
+
 class Oracle:
     """An oracle on disk."""
 
@@ -107,7 +112,9 @@ class OracleCase:
     @property
     def seams(self) -> tuple[str, ...]:
         """Names in the trace: seams, `kv.keys`, `kv.values`."""
-        return tuple(name for part in self._trace_parts() for name in self._tensors[part])
+        names = [name for part in self._trace_parts() for name in self._tensors[part]]
+        whole = [name for name in names if joined(name) is None]
+        return (*whole, *(name for name in JOINED if any(joined(piece) == name for piece in names)))
 
     @cached_property
     def inputs(self) -> FrozenInputs:
@@ -145,6 +152,10 @@ class OracleCase:
         wanted, arrays = set(seams), {}
         for part in self._trace_parts():
             arrays |= self._load(part, wanted)
+        for name, axis in JOINED.items():
+            pieces = [arrays.pop(piece) for piece in list(arrays) if joined(piece) == name]
+            if pieces:
+                arrays[name] = np.stack(pieces) if axis is None else np.concatenate(pieces, axis)
         return Trace(arrays, dict(self.facts))
 
     def rounded(self) -> str | None:
@@ -162,8 +173,14 @@ class OracleCase:
         records = self._tensors.get(part)
         if records is None:
             raise HarnessError(f"the case has no part {part!r}", where=self.folder, fix=AGAIN)
-        names = [name for name in records if wanted is None or name in wanted]
+        names = [name for name in records if wanted is None or (joined(name) or name) in wanted]
         return read_tensors(self.folder / f"{part}.safetensors", records, names) if names else {}
+
+
+def joined(name: str) -> str | None:
+    """What a piece belongs to: `kv.keys.07` (a layer) to `kv.keys`, `logits.003` (a block of the vocabulary) to `logits`."""
+    whole, _, number = name.rpartition(".")
+    return whole if number.isdecimal() and whole in JOINED else None
 
 
 def case_digest(name: str, defined: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
