@@ -63,7 +63,11 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="revision of a hub id")
     add("--out", type=Path, metavar="DIR", help="oracle folder (default: under oracles/recorded)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--device", choices=("cpu", "cuda", "auto"), default="cpu",
+        help="auto: spread over the GPUs that are there, by Hugging Face's device map (default: cpu)")
+    add("--memory", metavar="SIZE", help="memory that may be held at once, for example 3GiB (default: 4GiB)")
+    add("--draft", type=Path, metavar="JSON",
+        help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes")
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
 
 

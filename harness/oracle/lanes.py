@@ -107,9 +107,10 @@ class Lane:
         if wrong is None:
             self.phase = RECORD
             return
-        self.tokens = np.concatenate([self.tokens[:wrong], rows.argmax(-1)[wrong:]]).astype(np.int32)
-        # A draft that was right up to some token is likely to be right again behind it; a mere guess is not.
+        # A draft may have one wrong token; then all of it but that one is right, and the next pass is the last.
         hopeful = self.phase == RECORD and self.drafted and self.passes == 1 and self.image_token not in self.tokens
+        chosen, kept = rows.argmax(-1), wrong + 1 if hopeful else len(self.tokens)
+        self.tokens = np.concatenate([self.tokens[:wrong], chosen[wrong:kept], self.tokens[kept:]]).astype(np.int32)
         self.phase = RECORD if hopeful else REFINE
 
     def _finish(self, rows: np.ndarray, other: np.ndarray) -> None:
