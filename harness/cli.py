@@ -114,7 +114,7 @@ def _record(arguments: Arguments) -> int:
 
     inside = _layers(arguments.inside, max(checkpoint.geometry.layers, checkpoint.geometry.vision_layers))
     folder = arguments.out or recorded_folder(checkpoint, arguments.device)
-    memory = plan.parse(arguments.memory) if arguments.memory else plan.DEFAULT
+    memory = plan.parse(arguments.memory) if arguments.memory else None
     with Screen() as screen:
         oracle = record(checkpoint, cases, folder, device=arguments.device, inside=inside, memory=memory, drafts=given,
                         progress=lambda what, done, total: screen.step(what.partition(":")[0], done, total), say=screen.say)

@@ -18,6 +18,8 @@ DEFAULT = 4 << 30
 LIBRARIES = 160 << 20
 """Bytes that torch's kernels, threads and buffers take once they run, on top of what is there before (measured: 90 to 130
 MiB with 2 threads)."""
+CONTEXT = 1 << 30
+"""Bytes that CUDA's context and the workspaces of its kernels take of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class Plan:
 
 
 def plan(geometry: Geometry, stages: Sequence[Stage], cases: Sequence[tuple[FrozenInputs, int]], memory: int,
-         inside: bool) -> Plan:
+         inside: bool, process: int | None = None) -> Plan:
     """The fastest way that fits: all weights kept, or two stages in turn, or one. cases: inputs and tokens to decode.
+
+    process: bytes that are taken whatever is computed (default: what this process holds now, and its libraries).
 
     Raises HarnessError naming the least memory that works.
     """
     largest = 4 * max(stage.elements for stage in stages)
     every = 4 * sum(stage.elements for stage in stages)
-    rest = {"the process and its libraries": resident() + LIBRARIES,
+    rest = {"the process and its libraries": resident() + LIBRARIES if process is None else process,
             "streams of all cases": sum(_stream(geometry, inputs, decode) for inputs, decode in cases),
             "rows that choose the tokens": sum(4 * 4 * decode * geometry.vocab for _, decode in cases),
             "activations of one case in one stage": max(_inside(geometry, inputs, decode) for inputs, decode in cases),

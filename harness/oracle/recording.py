@@ -22,7 +22,7 @@ from harness.oracle.jobs import Bench
 from harness.oracle.lanes import Lane
 from harness.oracle.model import load_model, one_line, true_fp32
 from harness.oracle.parked import parking
-from harness.oracle.plan import DEFAULT, plan
+from harness.oracle.plan import CONTEXT, DEFAULT, plan
 from harness.oracle.rollout import greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
 from harness.oracle.weights import Resident, Source, Streamed
@@ -37,12 +37,12 @@ Drafts = Mapping[str, Sequence[int]]
 
 
 def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, device: str = "cpu",
-           attention: str = "sdpa", inside: Inside = None, memory: int = DEFAULT, drafts: Drafts | None = None,
+           attention: str = "sdpa", inside: Inside = None, memory: int | None = None, drafts: Drafts | None = None,
            progress: Progress | None = None, say: Callable[[str], None] = lambda text: None) -> Oracle:
     """Record the cases that `out_dir` does not hold yet and return the oracle.
 
-    inside: layers whose inner seams are recorded too. memory: bytes that may be held at once. device: cpu, cuda, or auto
-    (spread over GPUs by Hugging Face's device map). Cases that are whole, of this definition and with the seams asked, are
+    inside: layers whose inner seams are recorded too. memory: bytes that may be held at once (default: 4 GiB; on a GPU,
+    what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map). Cases that are whole, of this definition and with the seams asked, are
     kept; no weight is read when nothing is to be done. All inputs are frozen first, so that a bad case is known before
     the work. `say` is told the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
@@ -84,7 +84,7 @@ def _lane(checkpoint: Checkpoint, case: Case, inputs: FrozenInputs, out: OracleW
     return Lane(case, inputs, seams, writer, checkpoint.geometry.image_token, draft)
 
 
-def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attention: str, inside: Inside, memory: int,
+def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attention: str, inside: Inside, memory: int | None,
             held: ExitStack, say: Callable[[str], None]) -> tuple[Bench, Source]:
     """The model with its hooks, and where its weights come from."""
     reader, geometry = held.enter_context(WeightReader(checkpoint)), checkpoint.geometry
@@ -95,8 +95,9 @@ def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attentio
         source: Source = Resident(model)
     else:
         _constants_to(model, place)
-        made = plan(geometry, stages, [(lane.inputs, lane.case.decode) for lane in lanes],
-                    memory if place.type == "cpu" else max(memory, torch.cuda.mem_get_info(place)[0]), inside is not None)
+        room = memory or (DEFAULT if place.type == "cpu" else torch.cuda.mem_get_info(place)[0])
+        made = plan(geometry, stages, [(lane.inputs, lane.case.decode) for lane in lanes], room, inside is not None,
+                    *([] if place.type == "cpu" else [CONTEXT]))
         say(made.describe())
         source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep)
         _read_rows(model.model.language_model.embed_tokens, reader)

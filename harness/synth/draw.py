@@ -51,7 +51,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, block: tuple[int, int, in
         if "language_model" in name and name.endswith(("layernorm.weight", "language_model.norm.weight")):
             values[massive_channels(shape[0], seed)] /= 8  # a vector is one block
         return to_bfloat16(values)
-    drawn = _table(_std(name, shape))[bits].reshape(part)
+    drawn = _table(std_of(name, shape))[bits].reshape(part)
     if name.endswith("layers.2.mlp.down_proj.weight"):
         for channel in massive_channels(shape[0], seed):
             if first <= channel < end:
@@ -94,7 +94,8 @@ def _table(std: float) -> np.ndarray:
     return to_bfloat16(_normal() * np.float32(std))
 
 
-def _std(name: str, shape: tuple[int, ...]) -> float:
+def std_of(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a matrix's values; see `draw`."""
     fan_in = math.prod(shape[1:])
     if "embed_tokens" in name or name == "lm_head.weight":
         return 0.03
