@@ -105,6 +105,7 @@ def _part(run: Any, policy: Any) -> int:
 def _record(arguments: Arguments) -> int:
     subject = subject_of(arguments)
     checkpoint, cases = subject.checkpoint, list(subject.cases.values())
+    checkpoint.digest_soon()  # beside the imports
     from harness import drafts
 
     given = drafts.read(arguments.draft) if arguments.draft else None

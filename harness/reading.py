@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.checkpoint import Checkpoint, safetensors_header
+from harness.checkpoint import Checkpoint, safetensors_header, stamp
 from harness.errors import HarnessError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -58,7 +58,7 @@ class WeightReader:
                 self._entries[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
                                             base + entry["data_offsets"][0])
             self._handles[path] = os.open(path, os.O_RDONLY)
-        self._stamps = {path: _stamp(os.fstat(handle)) for path, handle in self._handles.items()}
+        self._stamps = checkpoint.stamps
 
     def close(self) -> None:
         """Let go of the files."""
@@ -77,10 +77,10 @@ class WeightReader:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def check(self) -> None:
-        """Raises HarnessError where a shard was changed or replaced since the reader was opened."""
-        for path, stamp in self._stamps.items():
+        """Raises HarnessError where a shard was changed or replaced since the checkpoint was opened: its digest is of other bytes."""
+        for path, known in self._stamps.items():
             try:
-                same = _stamp(os.stat(path)) == stamp
+                same = stamp(os.stat(path)) == known
             except OSError:
                 same = False
             if not same:
@@ -133,6 +133,3 @@ class WeightReader:
             done += got
         return buffer[:len(view)].view(entry.dtype)
 
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
