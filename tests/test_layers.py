@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cases bundle threads synth reading drafts", "graph.contract",
+ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cases bundle threads synth drafts", "streaming", "graph.contract",
          "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
          "gate", "options", "background", "shipped", "benign", "subject", "probes", "rungs", "zoom report calibrate",
          "session", "faults", "terminal doctor arguments", "cli pytest_plugin"]

@@ -21,9 +21,9 @@ from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
 from harness.oracle import forward, record, recording, stages, wanted_seams
 from harness.oracle.hooks import SeamHooks
-from harness.oracle.parked import Parked, parking
+from harness.streaming.parked import Parked, parking
 from harness.oracle.plan import Plan, gib, parse, plan
-from harness.reading import WeightReader
+from harness.streaming.reading import WeightReader
 from harness.store import Oracle, files
 
 ROOT = Path(__file__).resolve().parent.parent

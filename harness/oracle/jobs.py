@@ -17,9 +17,9 @@ from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.drain import Drain
 from harness.oracle.hooks import SeamHooks, plain
-from harness.oracle.parked import Call, Parked
+from harness.streaming.parked import Call, Parked
 from harness.oracle.rollout import arguments, behind, cache_name
-from harness.oracle.stages import Stage
+from harness.streaming.stages import Stage
 from harness.store import CaseWriter
 
 CHUNK = "chunk"

@@ -17,7 +17,7 @@ from harness.cases import Case, FrozenInputs
 from harness.errors import HarnessError
 from harness.oracle.jobs import Bench, Chunk, Whole
 from harness.oracle.rollout import Draft, extend_positions, mismatch, settle
-from harness.oracle.stages import Stage
+from harness.streaming.stages import Stage
 from harness.store import CaseWriter
 from harness.store.identity import digest
 

@@ -21,12 +21,13 @@ from harness.oracle.inputs import freeze
 from harness.oracle.jobs import Bench
 from harness.oracle.lanes import Lane
 from harness.oracle.model import load_model, one_line, true_fp32
-from harness.oracle.parked import parking
+from harness.streaming.parked import parking
 from harness.oracle.plan import CONTEXT, DEFAULT, plan
 from harness.oracle.rollout import greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
-from harness.oracle.weights import Resident, Source, Streamed
-from harness.reading import WeightReader
+from harness.oracle.resident import Resident
+from harness.streaming.weights import Source, Streamed
+from harness.streaming.reading import WeightReader
 from harness.store import Identity, Oracle, OracleWriter
 
 KV = ("kv.keys", "kv.values")

@@ -1,6 +1,6 @@
 """The Hugging Face model without weights, and the stages in which it gets them: one block or layer at a time.
 
-A stage is what is in memory together: a vision block with the merger fed by it, a decoder layer, a block of rows of the
+A stage is, here, a vision block with the merger fed by it, a decoder layer, a block of rows of the
 head. Its seams make one part of the store, so a stage is also what a killed run does not do again. Stages follow from
 the geometry alone, never from the memory at hand: the bytes of an oracle do not depend on it.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,41 +19,12 @@ from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.model import misread, one_line
+from harness.streaming.stages import Place, Stage, module_stage
 
 TEXT, VISUAL, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
 EMBEDDING = TEXT + "embed_tokens.weight"
 HEAD_BYTES = 1 << 27
 """Bytes of the head in float32 that make one stage."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter hangs, and the tensor of the checkpoint that it is."""
-
-    owner: nn.Module
-    attribute: str
-    tensor: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """name: of its part in the store. modules: in the order they are called. rows: of the head's matrix, or None."""
-
-    name: str
-    modules: tuple[nn.Module, ...]
-    places: tuple[Place, ...]
-    rows: tuple[int, int] | None = None
-
-    @property
-    def elements(self) -> int:
-        """Weights, each on a boundary of 64 bytes."""
-        return sum(aligned(place.shape) for place in self.places)
-
-
-def aligned(shape: Sequence[int]) -> int:
-    """Elements that a tensor takes in a slot."""
-    return -(-int(torch.Size(shape).numel()) // 16) * 16
 
 
 def skeleton(checkpoint: Checkpoint, attention: str) -> Qwen3VLForConditionalGeneration:
@@ -95,7 +65,7 @@ def stages_of(model: Any, geometry: Geometry, shapes: Mapping[str, Sequence[int]
     Raises HarnessError where the checkpoint lacks a tensor, has one too many, or one of another shape.
     """
     visual, text = model.model.visual, model.model.language_model
-    stages = []
+    names, stages = {id(module): path for path, module in model.named_modules()}, []
     for number, block in enumerate(visual.blocks):
         modules = [block]
         if number == 0:
@@ -104,10 +74,10 @@ def stages_of(model: Any, geometry: Geometry, shapes: Mapping[str, Sequence[int]
             modules.append(visual.deepstack_merger_list[geometry.deepstack_taps.index(number)])
         if number == geometry.vision_layers - 1:
             modules.append(visual.merger)
-        stages.append(_stage(model, f"vision.{number:02d}", modules))
+        stages.append(module_stage(names, f"vision.{number:02d}", modules))
     for number, layer in enumerate(text.layers):
-        stages.append(_stage(model, f"decoder.{number:02d}", [layer]))
-    stages.append(_stage(model, "norm", [text.norm]))
+        stages.append(module_stage(names, f"decoder.{number:02d}", [layer]))
+    stages.append(module_stage(names, "norm", [text.norm]))
     _check(stages, geometry, shapes)
     return stages + head_stages(geometry)
 
@@ -117,21 +87,13 @@ def head_stages(geometry: Geometry) -> list[Stage]:
     source = EMBEDDING if geometry.tied else HEAD
     step = head_rows(geometry)
     blocks = [(first, min(first + step, geometry.vocab)) for first in range(0, geometry.vocab, step)]
-    return [Stage(f"logits.{number:03d}", (), (Place(nn.Module(), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
+    return [Stage(f"logits.{number:03d}", (), (Place((), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
             for number, rows in enumerate(blocks)]
 
 
 def head_rows(geometry: Geometry) -> int:
     """Rows of the head in one stage."""
     return min(geometry.vocab, max(1, HEAD_BYTES // (4 * geometry.hidden)))
-
-
-def _stage(model: nn.Module, name: str, modules: list[nn.Module]) -> Stage:
-    names = {id(module): path for path, module in model.named_modules()}
-    places = [Place(owner, attribute, f"{names[id(owner)]}.{attribute}", tuple(parameter.shape))
-              for module in modules for owner in module.modules()
-              for attribute, parameter in owner._parameters.items() if parameter is not None]
-    return Stage(name, tuple(modules), tuple(places))
 
 
 def _check(stages: Sequence[Stage], geometry: Geometry, shapes: Mapping[str, Sequence[int]]) -> None:

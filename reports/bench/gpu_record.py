@@ -41,11 +41,11 @@ from harness.oracle.drain import Drain  # noqa: E402
 from harness.oracle.hooks import SeamHooks  # noqa: E402
 from harness.oracle.jobs import Bench, Whole  # noqa: E402
 from harness.oracle.lanes import Lane  # noqa: E402
-from harness.oracle.parked import parking  # noqa: E402
+from harness.streaming.parked import parking  # noqa: E402
 from harness.oracle.recording import _constants_to, _passes, record  # noqa: E402
 from harness.oracle.stages import skeleton, stages_of  # noqa: E402
-from harness.oracle.weights import Resident  # noqa: E402
-from harness.reading import WeightReader  # noqa: E402
+from harness.oracle.resident import Resident  # noqa: E402
+from harness.streaming.reading import WeightReader  # noqa: E402
 from harness.synth import plan, synthesize  # noqa: E402
 from harness.synth.draw import std_of  # noqa: E402
 from harness.synth.writer import HUB_FILES  # noqa: E402

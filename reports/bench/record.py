@@ -30,7 +30,7 @@ def rates(root: Path) -> dict[str, float]:
     import torch
 
     from harness.checkpoint import Checkpoint
-    from harness.reading import WeightReader
+    from harness.streaming.reading import WeightReader
 
     checkpoint = Checkpoint(root)
     geometry, name = checkpoint.geometry, "model.language_model.layers.{}.mlp.up_proj.weight"

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.oracle.stages import Place, Stage, aligned
-from harness.reading import BUFFER, WeightReader
+from harness.streaming.reading import BUFFER, WeightReader
+from harness.streaming.stages import Place, Stage, aligned
 
 STAGED = BUFFER // 4
 """Values that go to a GPU at a time, in their stored dtype."""
@@ -108,37 +108,19 @@ class Streamed:
             self._copies.synchronize()
 
 
-class Resident:
-    """A model that is loaded whole, on one device or several: nothing to read, nothing to take away."""
-
-    keep = True
-
-    def __init__(self, model: nn.Module) -> None:
-        self._head = model.lm_head.weight
-
-    def stages(self, wanted: Sequence[Stage]) -> Iterator[tuple[Stage, list[Tensor]]]:
-        """See `Source`."""
-        for stage in wanted:
-            yield stage, [self._head[slice(*stage.rows)]] if stage.rows else []
-
-    def place_all(self, stages: Sequence[Stage]) -> list[Tensor]:
-        """The head's blocks; all else is in place."""
-        return [tensor for _, tensors in self.stages(stages) for tensor in tensors]
-
-
 @contextmanager
 def _placed(places: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
-    empty = [place.owner._parameters.get(place.attribute) for place in places]
+    empty = [[owner._parameters[place.attribute] for owner in place.owners] for place in places]
     _place(places, tensors)
     try:
         yield
     finally:
-        for place, parameter in zip(places, empty):
-            if place.attribute:
-                place.owner._parameters[place.attribute] = parameter
+        for place, parameters in zip(places, empty):
+            for owner, parameter in zip(place.owners, parameters):
+                owner._parameters[place.attribute] = parameter
 
 
 def _place(places: Sequence[Place], tensors: Sequence[Tensor]) -> None:
     for place, tensor in zip(places, tensors):
-        if place.attribute:  # the head's blocks hang nowhere
-            place.owner._parameters[place.attribute] = nn.Parameter(tensor, requires_grad=False)
+        for owner in place.owners:
+            owner._parameters[place.attribute] = nn.Parameter(tensor, requires_grad=False)
