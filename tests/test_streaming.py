@@ -23,6 +23,7 @@ from harness.oracle import forward, record, recording, stages, wanted_seams
 from harness.oracle.hooks import SeamHooks
 from harness.streaming.parked import Parked, parking
 from harness.oracle.plan import Plan, gib, parse, plan
+from harness.streaming import stages as parts
 from harness.streaming.reading import WeightReader
 from harness.store import Oracle, files
 
@@ -65,7 +66,7 @@ def test_the_memory_changes_no_byte(oracle: Oracle, checkpoint: Checkpoint, tmp_
 
 
 def test_the_head_in_blocks_of_rows(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
-    monkeypatch.setattr(stages, "HEAD_BYTES", 4 * 100 * checkpoint.geometry.hidden)
+    monkeypatch.setattr(parts, "HEAD_BYTES", 4 * 100 * checkpoint.geometry.hidden)
     found = record(checkpoint, [TEXT], tmp_path / "o")
     assert len(list((found.path / "cases" / "text").glob("logits.*.json"))) == 6
     logits = found.case("text").trace["logits"]

@@ -11,8 +11,7 @@ from harness.cases import FrozenInputs
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.drain import PENDING
-from harness.oracle.stages import head_rows
-from harness.streaming.stages import Stage
+from harness.streaming.stages import Stage, head_rows
 
 DEFAULT = 4 << 30
 """Bytes that a recording may take unless the user says otherwise."""

@@ -19,12 +19,10 @@ from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.model import misread, one_line
-from harness.streaming.stages import Place, Stage, module_stage
+from harness.streaming.stages import Stage, head_stages, tower_stages
 
 TEXT, VISUAL, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
 EMBEDDING = TEXT + "embed_tokens.weight"
-HEAD_BYTES = 1 << 27
-"""Bytes of the head in float32 that make one stage."""
 
 
 def skeleton(checkpoint: Checkpoint, attention: str) -> Qwen3VLForConditionalGeneration:
@@ -64,36 +62,10 @@ def stages_of(model: Any, geometry: Geometry, shapes: Mapping[str, Sequence[int]
 
     Raises HarnessError where the checkpoint lacks a tensor, has one too many, or one of another shape.
     """
-    visual, text = model.model.visual, model.model.language_model
-    names, stages = {id(module): path for path, module in model.named_modules()}, []
-    for number, block in enumerate(visual.blocks):
-        modules = [block]
-        if number == 0:
-            modules = [visual.patch_embed, visual.pos_embed, block]
-        if number in geometry.deepstack_taps:
-            modules.append(visual.deepstack_merger_list[geometry.deepstack_taps.index(number)])
-        if number == geometry.vision_layers - 1:
-            modules.append(visual.merger)
-        stages.append(module_stage(names, f"vision.{number:02d}", modules))
-    for number, layer in enumerate(text.layers):
-        stages.append(module_stage(names, f"decoder.{number:02d}", [layer]))
-    stages.append(module_stage(names, "norm", [text.norm]))
+    names = {id(module): path for path, module in model.named_modules()}
+    stages = tower_stages(geometry, model.model.visual, model.model.language_model, names)
     _check(stages, geometry, shapes)
-    return stages + head_stages(geometry)
-
-
-def head_stages(geometry: Geometry) -> list[Stage]:
-    """The head in blocks of rows, their size given by the width alone."""
-    source = EMBEDDING if geometry.tied else HEAD
-    step = head_rows(geometry)
-    blocks = [(first, min(first + step, geometry.vocab)) for first in range(0, geometry.vocab, step)]
-    return [Stage(f"logits.{number:03d}", (), (Place((), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
-            for number, rows in enumerate(blocks)]
-
-
-def head_rows(geometry: Geometry) -> int:
-    """Rows of the head in one stage."""
-    return min(geometry.vocab, max(1, HEAD_BYTES // (4 * geometry.hidden)))
+    return stages + head_stages(geometry, EMBEDDING if geometry.tied else HEAD)
 
 
 def _check(stages: Sequence[Stage], geometry: Geometry, shapes: Mapping[str, Sequence[int]]) -> None:
