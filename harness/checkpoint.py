@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -77,6 +78,10 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
         return tuple(sorted(self._files))
+
+    def weight_bytes(self) -> int:
+        """Bytes that all weights take in float32, from the headers."""
+        return sum(4 * math.prod(entry["shape"]) for path in self.files for entry in safetensors_header(path).values())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored, memory-mapped. Raises HarnessError where the checkpoint has none of that name."""

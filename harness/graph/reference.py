@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,10 @@ HEAD, EMBEDDING = "lm_head.weight", TEXT + "embed_tokens.weight"
 PATCH, POSITIONS = VISION + "patch_embed.proj.weight", VISION + "pos_embed.weight"
 
 
+LARGE = 4 << 30
+"""Bytes of weights in float32 from which on they are not held in memory."""
+
+
 class Reference:
     """Satisfies `harness.graph.protocol.Conversion`; computes in float32 with the weights given, by checkpoint name.
 
@@ -30,6 +34,8 @@ class Reference:
     """
 
     injectable = True
+    streams = False
+    """Whether calls are best made together: each reads all weights."""
 
     def __init__(self, geometry: Geometry, grid: tuple[int, int], weights: Mapping[str, Tensor]) -> None:
         self.geometry, self.grid = geometry, grid
@@ -69,8 +75,12 @@ class Reference:
 
 
 def factory(checkpoint: Path, grid: tuple[int, int]) -> Reference:
-    """What `--graph harness.graph.reference:factory` calls."""
+    """What `--graph harness.graph.reference:factory` calls; a checkpoint too large for that is not held in memory."""
     source = open_checkpoint(checkpoint)
+    if source.weight_bytes() > LARGE:
+        from harness.graph.streamed import StreamedReference  # which is made of this module
+
+        return StreamedReference(source, grid)
     return Reference(source.geometry, grid, {name: tensor.float() for name, tensor in source.tensors()})
 
 
@@ -82,7 +92,7 @@ def checkpoint_name(prefix: str, name: str) -> str:
 def build_towers(geometry: Geometry, grid: tuple[int, int], weights: Mapping[str, Tensor]) -> tuple[Vision, Decoder]:
     """Both towers with the checkpoint's weights, by checkpoint name; every tensor is consumed, none invented."""
     weights = _resolve_head(dict(weights), geometry)
-    _expect_names(weights, geometry)
+    expect_names(weights, geometry)
     with torch.device("meta"):
         vision, decoder = Vision(geometry, grid), Decoder(geometry, (grid[0] // geometry.merge, grid[1] // geometry.merge))
     patch = weights.pop(PATCH)
@@ -105,7 +115,8 @@ def _resolve_head(weights: dict[str, Tensor], geometry: Geometry) -> dict[str, T
     return weights
 
 
-def _expect_names(weights: Mapping[str, Tensor], geometry: Geometry) -> None:
+def expect_names(weights: Collection[str], geometry: Geometry) -> None:
+    """Raises HarnessError where the names are not those of a whole checkpoint with a head of its own."""
     with torch.device("meta"):
         side = 2 * geometry.merge
         vision, decoder = Vision(geometry, (side, side)), Decoder(geometry, (2, 2))

@@ -158,6 +158,10 @@ class OracleCase:
                 arrays[name] = np.stack(pieces) if axis is None else np.concatenate(pieces, axis)
         return Trace(arrays, dict(self.facts))
 
+    def lazily(self) -> Mapping[str, np.ndarray]:
+        """The trace, each array read (and verified) when it is asked for, and not kept."""
+        return _Lazily(self)
+
     def rounded(self) -> str | None:
         """Which narrower type all values of the final norm would fit, or None: float32 values use all their digits."""
         held = self.load(("decoder.norm",)).get("decoder.norm")
@@ -175,6 +179,25 @@ class OracleCase:
             raise HarnessError(f"the case has no part {part!r}", where=self.folder, fix=AGAIN)
         names = [name for name in records if wanted is None or (joined(name) or name) in wanted]
         return read_tensors(self.folder / f"{part}.safetensors", records, names) if names else {}
+
+
+class _Lazily(Mapping[str, np.ndarray]):
+    def __init__(self, case: OracleCase) -> None:
+        self._case, self._seams = case, dict.fromkeys(case.seams)
+
+    def __getitem__(self, seam: str) -> np.ndarray:
+        if seam not in self._seams:
+            raise KeyError(seam)
+        return self._case.load((seam,))[seam]
+
+    def __contains__(self, seam: object) -> bool:
+        return seam in self._seams
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seams)
+
+    def __len__(self) -> int:
+        return len(self._seams)
 
 
 def joined(name: str) -> str | None:

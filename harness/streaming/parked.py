@@ -45,7 +45,7 @@ class Parked:
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(run,), name="forward", daemon=True)
         self._thread.start()
-        self.go(None)
+        self.go(None)  # to its first wait
 
     def go(self, value: Any) -> None:
         """Go on until the next call of a staged module, or the end. Raises what the forward raises."""
@@ -85,6 +85,11 @@ class Parked:
             self._error = error
         finally:
             self._back.release()
+
+
+def driven() -> bool:
+    """Whether this thread is a forward that somebody drives."""
+    return getattr(_HERE, "forward", None) is not None
 
 
 @contextmanager
