@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 
@@ -19,6 +20,7 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=("fp16", "int8lin", "int8hu"), help="mode of the bundle we export (default: int8hu)")
     add("--grid", type=_grid, metavar="HxW", help="patch grid that the bundle is made for (default: 28x28)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
+    add("--memory", type=_size, metavar="SIZE", help="memory that recording may hold at once (default: 4GiB)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
@@ -40,6 +42,14 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
     return seconds
+
+
+def _size(text: str) -> int:
+    """`4GiB`, `900MiB`, `4GB` -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 4GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000)**("KMGT".index(match[2].upper()) + 1))
 
 
 def output(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +75,7 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--device", choices=("cpu", "cuda", "auto"), default="cpu",
         help="auto: spread over the GPUs that are there, by Hugging Face's device map (default: cpu)")
-    add("--memory", metavar="SIZE", help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
+    add("--memory", type=_size, metavar="SIZE", help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
     add("--draft", type=Path, metavar="JSON",
         help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes")
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")

@@ -109,15 +109,14 @@ def _record(arguments: Arguments) -> int:
     from harness import drafts
 
     given = drafts.read(arguments.draft) if arguments.draft else None
-    from harness.oracle import plan, record  # heavy, so what can be refused is refused before
+    from harness.oracle import record  # heavy, so what can be refused is refused before
     from harness.subject import recorded_folder
     from harness.terminal import Screen
 
     inside = _layers(arguments.inside, max(checkpoint.geometry.layers, checkpoint.geometry.vision_layers))
     folder = arguments.out or recorded_folder(checkpoint, arguments.device)
-    memory = plan.parse(arguments.memory) if arguments.memory else None
     with Screen() as screen:
-        oracle = record(checkpoint, cases, folder, device=arguments.device, inside=inside, memory=memory, drafts=given,
+        oracle = record(checkpoint, cases, folder, device=arguments.device, inside=inside, memory=arguments.memory, drafts=given,
                         progress=lambda what, done, total: screen.step(what.partition(":")[0], done, total), say=screen.say)
     passes = max(oracle.case(name).facts.get("passes", 1) for name in oracle.cases)
     print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder} with {passes} passes over the weights, "

@@ -22,7 +22,8 @@ class Options:
     """What a user may choose; None means the default: the embedded checkpoint, our graph, an oracle and a bundle of our own.
 
     mode: fp16, int8lin or int8hu: of the bundle that we export (int8hu by default), or of a given one whose metadata does
-    not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes.
+    not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes. memory: bytes
+    that recording may hold at once.
     """
 
     checkpoint: str | None = None
@@ -33,6 +34,7 @@ class Options:
     oracle: Path | None = None
     mode: str | None = None
     device: str = "cpu"
+    memory: int | None = None
     cases: Path = CASES
     bounds: Path = BOUNDS
     policy: Path = POLICY

@@ -97,7 +97,7 @@ class Subject:
         from harness.oracle import record
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
-                      device=self.options.device,
+                      device=self.options.device, memory=self.options.memory,
                       progress=lambda what, done, total: self.progress("record", done, total))
 
     @property

@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import write_checkpoint
 from recorded import CASES, IMAGE, TEXT, checkpoint, model, oracle  # noqa: F401
 
+from harness import drafts
 from harness.checkpoint import Checkpoint
+from harness.cli import main, parser
 from harness.errors import HarnessError
 from harness.oracle import forward, record, recording, stages, wanted_seams
 from harness.oracle.hooks import SeamHooks
 from harness.streaming.parked import Parked, parking
-from harness.oracle.plan import Plan, gib, parse, plan
+from harness.oracle.plan import Plan, gib, plan
 from harness.streaming import stages as parts
 from harness.streaming.reading import WeightReader
 from harness.store import Oracle, files
@@ -85,6 +88,13 @@ def test_a_right_draft_takes_one_pass_one_wrong_token_two(oracle: Oracle, checkp
     assert found.case("text").digest == oracle.case("text").digest
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> tuple[Checkpoint, Oracle]:
+    """One checkpoint and its oracle, for what does not depend on whether the head is tied."""
+    found = Checkpoint(write_checkpoint(tmp_path_factory.mktemp("one"), seed=3, dtype="bfloat16"))
+    return found, record(found, CASES, tmp_path_factory.mktemp("oracle") / "o", inside="all")
+
+
 class Killed(Exception):
     pass
 
@@ -100,12 +110,12 @@ def killed_at(steps: int):
 
 
 @pytest.mark.parametrize("steps", range(10))
-def test_killed_at_each_stage_it_goes_on_there(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path, two_slots,  # noqa: F811
-                                               steps: int) -> None:
-    drafts, told = drafts_of(oracle), []
+def test_killed_at_each_stage_it_goes_on_there(one, tmp_path: Path, two_slots, steps: int) -> None:
+    checkpoint, oracle = one
+    right, told = drafts_of(oracle), []
     with pytest.raises(Killed):
-        record(checkpoint, CASES, tmp_path / "o", inside="all", drafts=drafts, progress=killed_at(steps))
-    found = record(checkpoint, CASES, tmp_path / "o", inside="all", drafts=drafts, progress=lambda *step: told.append(step[0]))
+        record(checkpoint, CASES, tmp_path / "o", inside="all", drafts=right, progress=killed_at(steps))
+    found = record(checkpoint, CASES, tmp_path / "o", inside="all", drafts=right, progress=lambda *step: told.append(step[0]))
     assert found.digest == oracle.digest and passes(found) == {1}
     done = [f"pass 1: {name}" for name in ("vision.00", "vision.01", "vision.02", "vision.03", "decoder.00", "decoder.01",
                                            "decoder.02", "decoder.03")][:steps]
@@ -116,13 +126,15 @@ def test_killed_at_each_stage_it_goes_on_there(oracle: Oracle, checkpoint: Check
 
 
 @pytest.mark.parametrize("steps", [12, 19, 23, 30])
-def test_killed_in_a_later_pass(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path, two_slots, steps: int) -> None:  # noqa: F811
+def test_killed_in_a_later_pass(one, tmp_path: Path, two_slots, steps: int) -> None:
+    checkpoint, oracle = one
     with pytest.raises(Killed):
         record(checkpoint, CASES, tmp_path / "o", inside="all", progress=killed_at(steps))
     assert record(checkpoint, CASES, tmp_path / "o", inside="all").digest == oracle.digest
 
 
-def test_a_killed_process_loses_nothing_that_was_finished(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_process_loses_nothing_that_was_finished(one, tmp_path: Path) -> None:
+    checkpoint, oracle = one
     code = ("import os, sys; from recorded import CASES; from harness.checkpoint import Checkpoint; "
             "from harness.oracle import record\n"
             "def tell(what, done, total):\n    if what.endswith('decoder.02'): os._exit(9)\n"
@@ -134,8 +146,8 @@ def test_a_killed_process_loses_nothing_that_was_finished(oracle: Oracle, checkp
     assert record(checkpoint, CASES, tmp_path / "o", inside="all").digest == oracle.digest
 
 
-def test_a_disk_that_fills_up_keeps_what_was_finished(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path,  # noqa: F811
-                                                      monkeypatch) -> None:
+def test_a_disk_that_fills_up_keeps_what_was_finished(one, tmp_path: Path, monkeypatch) -> None:
+    checkpoint, oracle = one
     written, dump = [], files._dump
 
     def full(file, arrays):
@@ -153,9 +165,9 @@ def test_a_disk_that_fills_up_keeps_what_was_finished(oracle: Oracle, checkpoint
 
 
 @pytest.fixture
-def copied(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:  # noqa: F811
+def copied(one, tmp_path: Path) -> Checkpoint:
     """A checkpoint of one's own, opened and known by its digest."""
-    found = Checkpoint(shutil.copytree(checkpoint.root, tmp_path / "model"))
+    found = Checkpoint(shutil.copytree(one[0].root, tmp_path / "model"))
     assert found.digest
     return found
 
@@ -172,9 +184,8 @@ def harm_at(stage: str, harm):
     (lambda path: os.truncate(path, path.stat().st_size // 2), "truncated while it was read"),
     (lambda path: path.write_bytes(path.read_bytes()), "changed while it was read"),
     (lambda path: path.unlink(), "changed while it was read")])
-def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, oracle: Oracle, tmp_path: Path, two_slots, harm,  # noqa: F811
-                                                    sentence: str) -> None:
-    weights = copied.files[0]
+def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, one, tmp_path: Path, two_slots, harm, sentence: str) -> None:
+    oracle, weights = one[1], copied.files[0]
     kept = weights.read_bytes()
     with pytest.raises(HarnessError, match=sentence):
         record(copied, [TEXT], tmp_path / "o", inside="all", progress=harm_at("decoder.01", lambda: harm(weights)))
@@ -202,7 +213,7 @@ def test_reader_gives_the_tensors_and_their_rows(checkpoint: Checkpoint) -> None
 def test_too_little_memory_names_the_least_that_works(checkpoint: Checkpoint, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(HarnessError, match=r"--memory: 10 MiB are too little .* the least that works is \d") as refused:
         record(checkpoint, [IMAGE], tmp_path / "o", memory=10 << 20)
-    least = parse(refused.value.fix.split(" is ")[1].split(";")[0].replace(" ", ""))
+    least = parser().parse_args(["record", "--memory", refused.value.fix.split(" is ")[1].split(";")[0]]).memory
     said = []
     record(checkpoint, [IMAGE], tmp_path / "o", memory=least, say=said.append)
     assert len(said) == 1 and "the process and its libraries" in said[0] and f"of {gib(least)} allowed" in said[0]
@@ -214,17 +225,6 @@ def test_the_plan_takes_the_fastest_way_that_fits(checkpoint: Checkpoint, oracle
     most = plan(checkpoint.geometry, held, cases, 1 << 40, True)
     assert most.keep and not plan(checkpoint.geometry, held, cases, most.total - 1, True).keep
     assert sum(4 * stage.elements for stage in held) == most.parts["all weights in float32"]
-
-
-@pytest.mark.parametrize("text, size", [("4GiB", 4 << 30), ("1.5 GB", 1_500_000_000), ("900m", 900_000_000)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse(text) == size
-
-
-@pytest.mark.parametrize("text", ["4", "GiB", "-1GiB", "many"])
-def test_bad_sizes(text: str) -> None:
-    with pytest.raises(HarnessError, match="no size"):
-        parse(text)
 
 
 def test_a_forward_that_waits_is_the_forward() -> None:
@@ -244,3 +244,35 @@ def test_a_forward_that_waits_is_the_forward() -> None:
         with pytest.raises(ZeroDivisionError):
             Parked(lambda: 1 / 0)
     assert torch.equal(layers[0](x), torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
+
+
+@pytest.mark.parametrize("text, found", [
+    ('{"a": [1, 2]}', {"a": [1, 2]}),
+    ('{"tokens": [{"case": "a", "steps": [{"engine": 4, "python": 5}, {"engine": null, "python": 6}, {"python": null}]}]}',
+     {"a": [4, 6]})])
+def test_drafts_are_read(tmp_path: Path, text: str, found: dict) -> None:
+    (tmp_path / "d.json").write_text(text)
+    assert drafts.read(tmp_path / "d.json") == found
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', '{"a": ["x"]}', '{"a": [-1]}', '{"a": [true]}', "{"])
+def test_what_is_no_draft(tmp_path: Path, text: str) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(HarnessError, match="d.json"):
+        drafts.read(tmp_path / "d.json")
+
+
+def test_a_draft_of_another_vocabulary_is_only_a_wrong_one(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path) -> None:  # noqa: F811
+    found = record(checkpoint, [TEXT], tmp_path / "o", inside="all", drafts={"text": [10**9] * 5, "other": [1]})
+    assert found.case("text").digest == oracle.case("text").digest
+
+
+def test_the_command_line_says_what_it_plans_and_how_often_it_read(checkpoint: Checkpoint, tmp_path: Path, capsys) -> None:  # noqa: F811
+    (tmp_path / "cases.toml").write_text('[[case]]\nname = "a"\nwhy = "w"\ndecode = 3\nturns = [{ role = "", text = "Hello" }]')
+    (tmp_path / "d.json").write_text('{"a": [1, 2, 3]}')
+    words = ["record", str(checkpoint.root), "--cases", str(tmp_path / "cases.toml"), "--draft", str(tmp_path / "d.json")]
+    assert main([*words, "--out", str(tmp_path / "o"), "--memory", "2GiB"]) == 0
+    out, err = capsys.readouterr()
+    assert "passes over the weights" in out and "planned of 2.00 GiB allowed" in " ".join((out + err).split())
+    assert main([*words, "--out", str(tmp_path / "p"), "--memory", "20MiB"]) == 2
+    assert "the least that works is" in capsys.readouterr().err

@@ -9,9 +9,8 @@ from __future__ import annotations
 import harness.quiet  # noqa: F401  (before transformers is imported)
 from harness.oracle.hooks import wanted_seams
 from harness.oracle.inputs import freeze
-from harness.oracle import plan
 from harness.oracle.model import load_model, true_fp32
 from harness.oracle.recording import Progress, record
 from harness.oracle.rollout import forward, settle
 
-__all__ = ["Progress", "forward", "freeze", "load_model", "plan", "record", "settle", "true_fp32", "wanted_seams"]
+__all__ = ["Progress", "forward", "freeze", "load_model", "record", "settle", "true_fp32", "wanted_seams"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.cases import Case, FrozenInputs
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.oracle.jobs import Bench, Chunk, Whole
 from harness.oracle.rollout import Draft, extend_positions, mismatch, settle
 from harness.streaming.stages import Stage
@@ -30,10 +31,10 @@ class Lane:
     drafted: whether a draft was given.
     """
 
-    def __init__(self, case: Case, inputs: FrozenInputs, seams: Sequence[str], out: CaseWriter, image_token: int,
+    def __init__(self, case: Case, inputs: FrozenInputs, seams: Sequence[str], out: CaseWriter, geometry: Geometry,
                  draft: Sequence[int] | None) -> None:
-        self.case, self.inputs, self.seams, self.out, self.image_token = case, inputs, seams, out, image_token
-        if inputs.ids[-1] == image_token:
+        self.case, self.inputs, self.seams, self.out, self.geometry = case, inputs, seams, out, geometry
+        if inputs.ids[-1] == geometry.image_token:
             raise HarnessError("the prompt ends with its image", where=case.name, fix="write a word behind it")
         state = out.noted() or {}
         self.drafted = state.get("drafted", draft is not None)
@@ -46,6 +47,7 @@ class Lane:
     def _guess(self, draft: Sequence[int] | None) -> list[int]:
         """The draft, as long as it must be; without one, the prompt's last token over and over: any guess is a start."""
         filler, known = [int(self.inputs.ids[-1])] * self.case.decode, [int(token) for token in draft or ()]
+        known = [token if token < self.geometry.vocab and token != self.geometry.image_token else filler[0] for token in known]
         return (known + filler)[:self.case.decode]
 
     @property
@@ -108,13 +110,13 @@ class Lane:
             self.phase = RECORD
             return
         # A draft may have one wrong token; then all of it but that one is right, and the next pass is the last.
-        hopeful = self.phase == RECORD and self.drafted and self.passes == 1 and self.image_token not in self.tokens
+        hopeful = self.phase == RECORD and self.drafted and self.passes == 1 and self.geometry.image_token not in self.tokens
         chosen, kept = rows.argmax(-1), wrong + 1 if hopeful else len(self.tokens)
         self.tokens = np.concatenate([self.tokens[:wrong], chosen[wrong:kept], self.tokens[kept:]]).astype(np.int32)
         self.phase = RECORD if hopeful else REFINE
 
     def _finish(self, rows: np.ndarray, other: np.ndarray) -> None:
-        rollout, noise = settle(self.case.name, Draft(self.tokens, other), rows, self.image_token)
+        rollout, noise = settle(self.case.name, Draft(self.tokens, other), rows, self.geometry.image_token)
         self.out.part("rollout", {
             "tokens": rollout.tokens, "margins": rollout.margins, "ties": np.array(rollout.ties, dtype=np.int32),
             "positions": extend_positions(self.inputs.positions, self.case.decode), "noise": np.array([noise])})

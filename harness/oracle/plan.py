@@ -71,14 +71,6 @@ def plan(geometry: Geometry, stages: Sequence[Stage], cases: Sequence[tuple[Froz
                        fix=f"the least that works is {gib(found.total + (1 << 26))}; fewer cases need less")
 
 
-def parse(text: str) -> int:
-    """`4GiB`, `900MiB`, `4GB` -> bytes. Raises HarnessError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise HarnessError(f"{text!r} is no size", where="--memory", fix="write for example --memory 4GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000)**("KMGT".index(match[2].upper()) + 1))
-
-
 def gib(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 1 << 28 else f"{size / 2**20:.0f} MiB"

@@ -82,7 +82,7 @@ def _lane(checkpoint: Checkpoint, case: Case, inputs: FrozenInputs, out: OracleW
     arrays = _input_arrays(inputs)
     if not writer.resume("inputs", arrays):
         writer.part("inputs", arrays)
-    return Lane(case, inputs, seams, writer, checkpoint.geometry.image_token, draft)
+    return Lane(case, inputs, seams, writer, checkpoint.geometry, draft)
 
 
 def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attention: str, inside: Inside, memory: int | None,

@@ -241,7 +241,7 @@ def measure(run: Run, checkpoint: Checkpoint, inputs: Any, model: Any, stages: l
                 drain.flush()
 
             def lane(draft: list[int]) -> Lane:
-                held = Lane(CASE, inputs, seams, Kept(), geometry.image_token, draft)
+                held = Lane(CASE, inputs, seams, Kept(), geometry, draft)
                 _passes([held], bench, source, real, lambda *_: None)
                 return held
 
