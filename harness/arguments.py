@@ -75,7 +75,8 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--device", choices=("cpu", "cuda", "auto"), default="cpu",
         help="auto: spread over the GPUs that are there, by Hugging Face's device map (default: cpu)")
-    add("--memory", type=_size, metavar="SIZE", help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
+    add("--memory", type=_size, metavar="SIZE",
+        help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
     add("--draft", type=Path, metavar="JSON",
         help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes")
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")

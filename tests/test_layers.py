@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cases bundle threads synth drafts", "streaming", "graph.contract",
-         "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
+ORDER = ["errors quiet", "metrics verdict", "trace geometry", "checkpoint", "cases bundle threads synth drafts", "streaming",
+         "graph.contract", "store host graph", "engines", "oracle export engines.*", "bounds ladder greedy localize audit", "policy run",
          "gate", "options", "background", "shipped", "benign", "subject", "probes", "rungs", "zoom report calibrate",
-         "session", "faults", "terminal doctor arguments", "cli pytest_plugin"]
+         "session", "faults", "terminal doctor arguments", "commands", "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*"},
          "transformers": {"oracle"}, "jinja2": {"report"}, "rich": {"terminal", "doctor"}}
 JUDGES = {"metrics", "verdict", "ladder", "greedy", "localize", "gate", "report", "bounds", "policy", "run",

@@ -75,7 +75,8 @@ def test_special_tokens_are_the_tokenizers(tmp_path: Path) -> None:
     ids = {token["content"]: token["id"] for token in json.loads((root / "tokenizer.json").read_text())["added_tokens"]}
     for size in SIZES:
         config = config_of(size)
-        assert config["image_token_id"] == ids["<|image_pad|>"] and config["vision_start_token_id"] == ids["<|vision_start|>"]
+        assert config["image_token_id"] == ids["<|image_pad|>"]
+        assert config["vision_start_token_id"] == ids["<|vision_start|>"]
         assert max(ids.values()) < config["text_config"]["vocab_size"]
         assert len(dict(tensors_of(config))) == len(list(tensors_of(config)))
 

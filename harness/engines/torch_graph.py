@@ -50,7 +50,8 @@ class TorchGraph:
         for request in requests:
             yield self._one(request, inject or {}, frozenset(inject_at), sink)
 
-    def _one(self, request: Request, inject: Mapping[str, np.ndarray], inject_at: frozenset[str], sink: Sink | None) -> Trace:
+    def _one(self, request: Request, inject: Mapping[str, np.ndarray], inject_at: frozenset[str],
+             sink: Sink | None) -> Trace:
         # Logits are what comes out: injected, they would only be compared with themselves.
         tap = _Recorder(request.seams, inject, inject_at - {"logits"}, sink)
         merged = merged_grid(request, self.geometry)

@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 
 class StreamedReference(Reference):
-    """Satisfies `harness.graph.protocol.Conversion`. Raises HarnessError where a tensor is missing, left over, or misshapen."""
+    """Satisfies `harness.graph.protocol.Conversion`.
+
+    Raises HarnessError where a tensor is missing, left over, or of another shape than the config says.
+    """
 
     streams = True
 
@@ -39,7 +42,8 @@ class StreamedReference(Reference):
         self.geometry, self.grid = checkpoint.geometry, grid
         self.reader = WeightReader(checkpoint)
         shapes = self.reader.shapes()
-        expect_names(shapes | ({HEAD: shapes[EMBEDDING]} if self.geometry.tied and EMBEDDING in shapes else {}), self.geometry)
+        tied = {HEAD} if self.geometry.tied and EMBEDDING in shapes else set()
+        expect_names(set(shapes) | tied, self.geometry)
         with torch.device("meta"):
             self.vision = Vision(self.geometry, grid).eval()
             self.decoder = Decoder(self.geometry, (grid[0] // self.geometry.merge, grid[1] // self.geometry.merge)).eval()
@@ -60,7 +64,8 @@ class StreamedReference(Reference):
         for place in (place for stage in stages for place in stage.places):
             if torch.Size(shapes[place.tensor]).numel() != torch.Size(place.shape).numel() \
                     or shapes[place.tensor][0] != place.shape[0]:
-                raise HarnessError(f"has shape {shapes[place.tensor]}, the config asks for {place.shape}", where=place.tensor)
+                raise HarnessError(f"has shape {shapes[place.tensor]}, the config asks for {place.shape}",
+                                   where=place.tensor)
         return stages + head_stages(self.geometry, EMBEDDING if self.geometry.tied else HEAD)
 
     def _look_up(self, ids: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """One case on its way to its greedy tokens: what the next pass over the weights has to do for it.
 
-A pass either records (prompt and tokens in one forward, every seam stored, the rows that choose the tokens computed a
-second way beside it, to know the noise) or refines (those rows only, behind the prompt's stored cache). A draft that is right is recorded
-once and is done. From its first wrong token on, what the model itself chose takes its place, and the next pass says
-whether that holds; each pass settles one token more at least.
+A pass either records (prompt and tokens in one forward, every seam stored, a row computed a second way beside it, to know
+the noise) or refines (the rows that choose tokens only, behind the prompt's stored cache). A draft that is right is
+recorded once and is done. From its first wrong token on, what the model itself chose takes its place, and the next pass
+says whether that holds; each pass settles one token more at least.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Lane:
     def _guess(self, draft: Sequence[int] | None) -> list[int]:
         """The draft, as long as it must be; without one, the prompt's last token over and over: any guess is a start."""
         filler, known = [int(self.inputs.ids[-1])] * self.case.decode, [int(token) for token in draft or ()]
-        known = [token if token < self.geometry.vocab and token != self.geometry.image_token else filler[0] for token in known]
+        known = [token if token < self.geometry.vocab and token != self.geometry.image_token else filler[0]
+                 for token in known]
         return (known + filler)[:self.case.decode]
 
     @property

@@ -60,7 +60,8 @@ def plan(geometry: Geometry, stages: Sequence[Stage], cases: Sequence[tuple[Froz
             "streams of all cases": sum(_stream(geometry, inputs, decode) for inputs, decode in cases),
             "rows that choose the tokens": sum(4 * 4 * decode * geometry.vocab for _, decode in cases),
             "activations of one case in one stage": max(_inside(geometry, inputs, decode) for inputs, decode in cases),
-            "parts on their way to the disk": PENDING * max(_part(geometry, inputs, decode, inside) for inputs, decode in cases)}
+            "parts on their way to the disk":
+                PENDING * max(_part(geometry, inputs, decode, inside) for inputs, decode in cases)}
     for name, size, slots, keep in (("all weights in float32", every, 0, True),
                                     ("weights of two stages in float32", 2 * largest, 2, False),
                                     ("weights of one stage in float32", largest, 1, False)):
@@ -101,7 +102,8 @@ def _inside(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:
     tokens, patches = _shape(inputs, decode)
     decoder = tokens * (4 * geometry.heads * geometry.head_dim + 4 * geometry.intermediate + 4 * geometry.hidden) \
         + 2 * geometry.heads * tokens**2
-    vision = patches * (8 * geometry.vision_hidden + 3 * geometry.vision_intermediate) + 2 * geometry.vision_heads * patches**2
+    vision = patches * (8 * geometry.vision_hidden + 3 * geometry.vision_intermediate) \
+        + 2 * geometry.vision_heads * patches**2
     rows = tokens * head_rows(geometry)
     return 4 * max(decoder, vision, rows)
 

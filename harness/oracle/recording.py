@@ -43,9 +43,10 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
     """Record the cases that `out_dir` does not hold yet and return the oracle.
 
     inside: layers whose inner seams are recorded too. memory: bytes that may be held at once (default: 4 GiB; on a GPU,
-    what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map). Cases that are whole, of this definition and with the seams asked, are
-    kept; no weight is read when nothing is to be done. All inputs are frozen first, so that a bad case is known before
-    the work. `say` is told the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
+    what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map).
+    drafts: saves passes. Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
+    when nothing is to be done. All inputs are frozen first, so that a bad case is known before the work. `say` is told
+    the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
     """
     tell = progress or (lambda what, done, total: None)

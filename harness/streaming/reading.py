@@ -77,7 +77,7 @@ class WeightReader:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def check(self) -> None:
-        """Raises HarnessError where a shard was changed or replaced since the checkpoint was opened: its digest is of other bytes."""
+        """Raises HarnessError where a shard was changed since the checkpoint was opened: its digest is of other bytes."""
         for path, known in self._stamps.items():
             try:
                 same = stamp(os.stat(path)) == known

@@ -45,7 +45,7 @@ def aligned(shape: Sequence[int]) -> int:
 
 
 def module_stage(names: Mapping[int, str], name: str, modules: Sequence[nn.Module]) -> Stage:
-    """A stage of whole modules. names: path of each module by id, which its parameters' names in the checkpoint begin with."""
+    """A stage of whole modules. names: path of each module by id; with it its parameters' names in the checkpoint begin."""
     places = [Place((owner,), attribute, f"{names[id(owner)]}.{attribute}", tuple(parameter.shape))
               for module in modules for owner in module.modules()
               for attribute, parameter in owner._parameters.items() if parameter is not None]
@@ -53,7 +53,7 @@ def module_stage(names: Mapping[int, str], name: str, modules: Sequence[nn.Modul
 
 
 def tower_stages(geometry: Geometry, visual: nn.Module, text: nn.Module, names: Mapping[int, str]) -> list[Stage]:
-    """Stages of both towers in the order of computation; mergers go with the block that feeds them, the final norm is last."""
+    """Stages of both towers in order; mergers go with the block that feeds them, the final norm is last."""
     stages = []
     for number, block in enumerate(visual.blocks):
         modules = [block]

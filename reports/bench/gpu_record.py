@@ -292,7 +292,7 @@ def verdict(lane: Lane) -> dict[str, Any]:
 
 
 def equal(ours: Kept, model: Any, geometry: Any, seams: Any, inputs: Any, tokens: Any) -> dict[str, Any]:
-    """Seams of our pass beside hooks on one plain forward: how many are the same bits, and the largest relative difference."""
+    """Seams of our pass beside hooks on one plain forward: how many are the same bits, the largest difference."""
     with SeamHooks(model, geometry, seams) as hooks:
         forward(model, inputs, tokens)
     parts = {seam: array for part in ours.parts.values() for seam, array in part.items()}
@@ -331,7 +331,8 @@ def table(found: dict[str, Any]) -> None:
     for name in ("plain", "plain_again", "naive", "record", "generate", "tokens_right", "tokens_one_wrong"):
         if name in found:
             print(f"{name:18} {found[name]['median_s']:9.4f}s {found[name]['median_s'] / plain:8.3f}")
-    print(json.dumps({name: value for name, value in found.items() if name in ("tf32", "gpu_memory", "disk", "equal", "failed")}))
+    also = ("tf32", "gpu_memory", "disk", "equal", "failed")
+    print(json.dumps({name: value for name, value in found.items() if name in also}))
 
 
 if __name__ == "__main__":

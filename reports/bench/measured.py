@@ -20,7 +20,7 @@ EVERY_S = 0.05
 def run(name: str, command: list[str]) -> dict[str, Any]:
     """Run a command to its end: seconds, peak resident and anonymous memory (GiB), processor seconds, samples of memory.
 
-    A sample is [seconds, resident GiB, anonymous GiB]; the last line that the command prints on stdout is kept if it is JSON.
+    A sample is [seconds, resident GiB, anonymous GiB]; the last line that the command prints on stdout is kept.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     started, samples = time.perf_counter(), []

@@ -24,7 +24,7 @@ CASE = "scene-211"
 
 
 def rates(root: Path) -> dict[str, float]:
-    """GFLOP/s of the decoder's widest product at 235 tokens; GB/s of stored bytes read (cold, warm) and widened to float32."""
+    """GFLOP/s of the decoder's widest product at 235 tokens; GB/s of stored bytes read (cold), and read warm and widened."""
     import os
 
     import torch
