@@ -27,7 +27,8 @@ def record(arguments: argparse.Namespace, subject: Subject) -> int:
     with Screen() as screen:
         oracle = oracles.record(
             checkpoint, cases, folder, device=arguments.device, inside=inside, memory=arguments.memory, drafts=given,
-            progress=lambda what, done, total: screen.step(what.partition(":")[0], done, total), say=screen.say)
+            progress=lambda what, done, total: screen.step(what.partition(":")[0], done, total),
+            say=lambda text: print(text, flush=True))
     passes = max(oracle.case(name).facts.get("passes", 1) for name in oracle.cases)
     print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder} with {passes} passes over the weights, "
           f"digest {oracle.digest[:12]}")

@@ -24,11 +24,11 @@ from harness.cli import main, parser
 from harness.errors import HarnessError
 from harness.oracle import forward, record, recording, stages, wanted_seams
 from harness.oracle.hooks import SeamHooks
-from harness.streaming.parked import Parked, parking
 from harness.oracle.plan import Plan, gib, plan
-from harness.streaming import stages as parts
-from harness.streaming.reading import WeightReader
 from harness.store import Oracle, files
+from harness.streaming import stages as parts
+from harness.streaming.parked import Parked, parking
+from harness.streaming.reading import WeightReader
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,10 +17,11 @@ from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.drain import Drain
 from harness.oracle.hooks import SeamHooks, plain
-from harness.streaming.parked import Call, Parked
 from harness.oracle.rollout import arguments, behind, cache_name
-from harness.streaming.stages import Stage
 from harness.store import CaseWriter
+from harness.streaming.parked import Call, Parked
+from harness.streaming.stages import Stage
+from harness.streaming.weights import placed
 
 CHUNK = "chunk"
 """Part that holds how far the second way has come; it is gone when the case is finished."""
@@ -105,11 +106,14 @@ class Whole:
         return stage.name in self.parts and stage.name not in self.done
 
     def _step_over(self) -> None:
+        # Nothing is computed with these weights, but transformers 4.57 asks the position table for its device.
+        nothing = torch.full((), float("nan"), device=self.bench.device)
         last = {name.partition(".")[0]: name for name in self.parts if name in self.done}
         while self.forward.at is not None and (stage := self.bench.stage_of(self.forward.at)).name in self.done:
             seam = self._seam(self.forward.at.module, stage)
             matters = seam and (".layers." not in seam or stage.name in last.values())
-            self.forward.go(self._stored(stage, seam) if matters else _blank(self.forward.at))
+            with placed(stage.places, [nothing.expand(place.shape) for place in stage.places]):
+                self.forward.go(self._stored(stage, seam) if matters else _blank(self.forward.at))
         ahead = self.parts[self.bench.stage_of(self.forward.at).name] if self.forward.at else ()
         for name in [name for name in self.raw if name not in ahead]:
             del self.raw[name]

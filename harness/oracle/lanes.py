@@ -18,9 +18,9 @@ from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.jobs import Bench, Chunk, Whole
 from harness.oracle.rollout import Draft, extend_positions, mismatch, settle
-from harness.streaming.stages import Stage
 from harness.store import CaseWriter
 from harness.store.identity import digest
+from harness.streaming.stages import Stage
 
 RECORD, REFINE = "record", "refine"
 

@@ -21,14 +21,14 @@ from harness.oracle.inputs import freeze
 from harness.oracle.jobs import Bench
 from harness.oracle.lanes import Lane
 from harness.oracle.model import load_model, one_line, true_fp32
-from harness.streaming.parked import parking
 from harness.oracle.plan import CONTEXT, DEFAULT, plan
+from harness.oracle.resident import Resident
 from harness.oracle.rollout import greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
-from harness.oracle.resident import Resident
-from harness.streaming.weights import Source, Streamed
-from harness.streaming.reading import WeightReader
 from harness.store import Identity, Oracle, OracleWriter
+from harness.streaming.parked import parking
+from harness.streaming.reading import WeightReader
+from harness.streaming.weights import Source, Streamed
 
 KV = ("kv.keys", "kv.values")
 Progress = Callable[[str, int, int], None]

@@ -56,7 +56,7 @@ class Streamed:
                         ahead.append(worker.submit(self._load, wanted[asked], asked))
                         asked += 1
                     tensors = ahead.pop(0).result()
-                    with _placed(stage.places, tensors):
+                    with placed(stage.places, tensors):
                         yield stage, tensors
                     self._release(number)
             finally:
@@ -109,7 +109,8 @@ class Streamed:
 
 
 @contextmanager
-def _placed(places: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
+def placed(places: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts, these tensors are the parameters at these places."""
     empty = [[owner._parameters[place.attribute] for owner in place.owners] for place in places]
     _place(places, tensors)
     try:
