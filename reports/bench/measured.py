@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -34,7 +33,7 @@ def run(name: str, command: list[str]) -> dict[str, Any]:
     if child.returncode:
         raise SystemExit(f"{name}: ended with {child.returncode}: {' '.join(command)}\n{said[-2000:]}")
     lines = said.strip().splitlines()
-    found = {"name": name, "command": " ".join(Path(part).name if part == sys.executable else part for part in command),
+    found = {"name": name, "command": " ".join(Path(part).name if "/" in part else part for part in command),
              "wall_s": round(seconds, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
              "peak_rss_gib": round(usage.ru_maxrss / 2**20, 3),
              "peak_anon_gib": round(max((row[2] for row in samples), default=0), 3), "said": lines[-1] if lines else "",
