@@ -13,7 +13,7 @@ from harness.ladder import NAMES
 from harness.options import factory_of
 from harness.run import Run, json_text, machine, write_atomic, write_files
 from harness.store import Oracle
-from harness.subject import Subject
+from harness.subject import Subject, streams
 from harness.trace import decoder_seams
 from harness.verdict import Outcome, Verdict
 from harness.zoom import localize
@@ -169,17 +169,17 @@ def token_rows(subject: Subject, name: str) -> dict[str, Any]:
 
 def heat_rows(subject: Subject, name: str) -> dict[str, Any]:
     """log10 of each token's relative error after every decoder layer: the graph against the oracle."""
-    import numpy as np
+    from harness.rungs.swept import swept, token_errors
 
-    recorded, trace = subject.recorded(name), subject.graph_trace(name, "accumulated")
-    seams = [seam for seam in decoder_seams(subject.geometry) if seam in trace and seam in recorded.trace]
-    values = []
-    for seam in seams:
-        reference, got = (array.astype(np.float64).reshape(len(array), -1) for array in (recorded.trace[seam], trace[seam]))
-        norms = np.linalg.norm(reference, axis=1)
-        error = np.linalg.norm(got - reference, axis=1) / np.maximum(norms, 1e-30)
-        values.append([round(float(value), 2) if np.isfinite(value) else None
-                       for value in np.log10(np.maximum(error, 1e-12))])
+    order = decoder_seams(subject.geometry)
+    if streams(subject.conversion(subject.grid(name))):
+        heat = swept(subject).heat
+        seams = [seam for seam in order if (name, seam) in heat]
+        values = [heat[name, seam] for seam in seams]
+    else:
+        recorded, trace = subject.recorded(name), subject.graph_trace(name, "accumulated")
+        seams = [seam for seam in order if seam in trace and seam in recorded.trace]
+        values = [token_errors(recorded.trace[seam], trace[seam]) for seam in seams]
     return {"case": name, "way": "accumulated", "seams": seams, "values": values}
 
 

@@ -129,3 +129,17 @@ def test_it_is_as_strict_as_the_graph_in_memory(tmp_path: Path, change, sentence
     save_file(weights, root / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HarnessError, match=sentence):
         StreamedReference(Checkpoint(root), GRID)
+
+
+def test_steps_of_all_cases_are_taken_together(made, monkeypatch, tmp_path: Path) -> None:
+    checkpoint, oracle = made
+    (tmp_path / "cases.toml").write_text(CASES)
+    monkeypatch.setattr(reference, "LARGE", 0)
+    subject = Subject(Options(checkpoint=str(checkpoint.root), oracle=oracle.path, cases=tmp_path / "cases.toml"))
+    passes = []
+    run = sweep.sweep
+    monkeypatch.setattr("harness.graph.streamed.sweep", lambda *given: passes.append(run(*given)) or passes[-1])
+    for rung in ("vision", "decoder", "decode"):
+        for case in CHECKS[rung].plan(subject):
+            answers(CHECKS[rung], subject, case)
+    assert passes == [1, 5], "both towers in one pass; a prompt and four tokens in five"

@@ -14,7 +14,8 @@ from harness.greedy import greedy
 from harness.ladder import judge
 from harness.metrics import kl_divergence
 from harness.rungs.contract import offset
-from harness.subject import Subject
+from harness.rungs.swept import for_all, swept
+from harness.subject import Subject, streams
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
 
@@ -28,6 +29,15 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """One prefill and n single steps against the oracle."""
+    if not streams(subject.conversion(subject.grid(case))):
+        return _measure(subject, case)
+    if "decoded" not in subject.memory:
+        swept(subject)  # whose positions are asked for, before the steps of all cases are taken together
+        subject.memory["decoded"] = for_all(subject, lambda name: _measure(subject, name))
+    return subject.memory["decoded"][case]
+
+
+def _measure(subject: Subject, case: str) -> list[Verdict]:
     recorded = subject.recorded(case)
     tokens = recorded.rollout.tokens
     request = Request(recorded.inputs, forced=tuple(int(token) for token in tokens), kv=True)
@@ -35,7 +45,7 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     first = recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
-    oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
+    oracle, seams = recorded.load(("logits", "kv.keys", "kv.values")), cache_seams(subject.geometry.layers)
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
@@ -43,7 +53,9 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
 
 def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
     """The oracle's keys as a graph holds them whose positions are all a constant further: attention cannot tell."""
-    planes = subject.graph_trace(case, "accumulated").get("decoder.positions")
+    streamed = streams(subject.conversion(subject.grid(case)))
+    trace = swept(subject).traces[case] if streamed else subject.graph_trace(case, "accumulated")
+    planes = trace.get("decoder.positions")
     apart = 0 if planes is None else offset(subject.recorded(case).positions, planes.T)
     if not apart:
         return cache

@@ -16,7 +16,7 @@ from harness.verdict import Outcome, Verdict
 def judge_tower(rung: str, subject: Subject, case: str, seams: Sequence[str]) -> list[Verdict]:
     """Verdicts at `seams`; those that the graph does not offer are SKIPs, which the policy may or may not excuse."""
     if streams(subject.conversion(subject.grid(case))):
-        return swept(subject).get((rung, case), [])
+        return swept(subject).verdicts.get((rung, case), [])
     have, lacking = offered(subject, case, seams)
     recorded = subject.recorded(case)
     ways = ("local", "accumulated") if subject.conversion(subject.grid(case)).injectable else ("accumulated",)
