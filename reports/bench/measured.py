@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -14,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EVERY_S = 0.05
+sys.path.insert(0, str(ROOT))
 
 
 def run(name: str, command: list[str]) -> dict[str, Any]:
