@@ -89,10 +89,10 @@ def plain(root: Path, tokens: list[int], offload: str | None) -> dict[str, float
     return {"load_s": round(loaded - started, 2), "forward_s": round(time.perf_counter() - loaded, 2)}
 
 
-def bound(geometry, measured: dict, weight_bytes: int, cases: int) -> dict[str, float]:
+def bound(geometry, measured: dict, weight_bytes: int, cases: int, decode: int) -> dict[str, float]:
     """Seconds that products and weights take at the measured rates; the larger where they overlap."""
     g = geometry
-    tokens, patches = 235, 784
+    tokens, patches = 211 + decode, 784
     layer = g.hidden * g.head_dim * 2 * (g.heads + g.kv_heads) + 3 * g.hidden * g.intermediate
     block = 4 * g.vision_hidden**2 + 2 * g.vision_hidden * g.vision_intermediate
     joined = g.vision_hidden * g.merge**2
@@ -112,7 +112,7 @@ def ours(root: Path, folder: Path, cases: Path, memory: str, draft: Path | None)
     return command + (["--draft", str(draft)] if draft else [])
 
 
-def cases_file(folder: Path, count: int) -> Path:
+def cases_file(folder: Path, count: int, decode: int) -> Path:
     """The first `count` cases with an image of 448 x 448, `scene-211` first, as a cases.toml beside their images."""
     text = (ROOT / "ladders" / "cases.toml").read_text(encoding="utf-8").split("[[case]]")
     kept = [part for part in text[1:] if "images/scene" in part or 'image = "white' in part or 'image = "noise' in part]
@@ -120,7 +120,8 @@ def cases_file(folder: Path, count: int) -> Path:
     more = [f'\nname = "noise-{seed}"\nwhy = "as noise"\nturns = [{{ role = "user", text = "Describe this image.", '
             f'image = "noise:448x448:{seed}" }}]\n' for seed in range(count)]
     path = folder / f"cases-{count}.toml"
-    path.write_text("".join(f"[[case]]{part}" for part in [*kept, *more][:count]), encoding="utf-8")
+    text = "".join(f"[[case]]\ndecode = {decode}{part}" for part in [*kept, *more][:count])
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--runs", default="rates,plain,accelerate,draft,ours")
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--cases", type=int, default=1)
+    parser.add_argument("--decode", type=int, default=24, help="tokens to decode (default: 24)")
     parser.add_argument("--draft", type=Path, help="where the draft is kept (default: beside OUT)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -147,7 +149,7 @@ def main() -> None:
         for name in given.runs.split(","):
             again = [sys.executable, __file__, str(given.checkpoint), str(given.out), "--child", name, "--draft", str(draft)]
             if name in ("draft", "ours"):
-                folder, cases = Path(scratch) / name, cases_file(Path(scratch), given.cases)
+                folder, cases = Path(scratch) / name, cases_file(Path(scratch), given.cases, given.decode)
                 again = ours(given.checkpoint, folder, cases, given.memory, draft if name == "ours" else None)
             found = run(name, again)
             if name == "draft":
@@ -159,7 +161,7 @@ def main() -> None:
             if "rates" in held["runs"]:
                 checkpoint = Checkpoint(given.checkpoint)
                 size = sum(path.stat().st_size for path in checkpoint.files)
-                held["bound"] = {count: bound(checkpoint.geometry, held["runs"]["rates"]["said"], size, count)
+                held["bound"] = {count: bound(checkpoint.geometry, held["runs"]["rates"]["said"], size, count, given.decode)
                                  for count in (1, given.cases)}
             given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
