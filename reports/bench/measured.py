@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -38,8 +39,8 @@ def run(name: str, command: list[str]) -> dict[str, Any]:
     found = {"name": name, "command": " ".join(Path(part).name if "/" in part else part for part in command),
              "wall_s": round(seconds, 2), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
              "peak_rss_gib": round(usage.ru_maxrss / 2**20, 3),
-             "peak_anon_gib": round(max((row[2] for row in samples), default=0), 3), "said": lines[-1] if lines else "",
-             "samples": samples[::max(1, len(samples) // 1000)]}
+             "peak_anon_gib": round(max((row[2] for row in samples), default=0), 3), "said": re.sub(r"\S*/", "", lines[-1]) if lines else "",
+             "samples": samples[::max(1, len(samples) // 400)]}
     if lines and lines[-1].startswith("{"):
         found["said"] = json.loads(lines[-1])
     print(f"{name}: {found['wall_s']} s wall, {found['cpu_s']} s of processor, peak {found['peak_rss_gib']} GiB resident, "
