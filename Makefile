@@ -14,7 +14,8 @@ demo: $(STAMP)
 # The oracle must read both generations of transformers; only the oracle imports its models.
 test: $(STAMP) $(OLDER)/.installed
 	$(VENV)/bin/python -m pytest tests
-	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_oracle.py tests/test_hooks.py tests/test_contract.py
+	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_oracle.py tests/test_hooks.py \
+		tests/test_contract.py tests/test_streaming.py
 
 # torch is pinned to the newest release that the converter is validated with.
 $(STAMP): pyproject.toml

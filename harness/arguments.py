@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 
@@ -23,6 +24,7 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, metavar="ENGINE",
         help=f"what runs the bundle: {', '.join(ENGINES)} (default: coreai; replay runs its own program in torch)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
+    add("--memory", type=_size, metavar="SIZE", help="memory that recording may hold at once (default: 4GiB)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
@@ -46,6 +48,14 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _size(text: str) -> int:
+    """`4GiB`, `900MiB`, `4GB` -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 4GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000)**("KMGT".index(match[2].upper()) + 1))
+
+
 def output(parser: argparse.ArgumentParser) -> None:
     """Where the report goes."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="report folder (default: reports/<checkpoint>-<mode>)")
@@ -67,7 +77,12 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="revision of a hub id")
     add("--out", type=Path, metavar="DIR", help="oracle folder (default: under oracles/recorded)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--device", choices=("cpu", "cuda", "auto"), default="cpu",
+        help="auto: spread over the GPUs that are there, by Hugging Face's device map (default: cpu)")
+    add("--memory", type=_size, metavar="SIZE",
+        help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
+    add("--draft", type=Path, metavar="JSON",
+        help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes")
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
 
 
@@ -75,6 +90,18 @@ def sketch(parser: argparse.ArgumentParser) -> None:
     """`harness sketch`."""
     parser.add_argument("oracle", type=Path, help="recorded oracle")
     parser.add_argument("out", type=Path, help="new folder for the sketch")
+
+
+def synth(parser: argparse.ArgumentParser) -> None:
+    """`harness synth`."""
+    from harness.synth.sizes import SIZES
+
+    add = parser.add_argument
+    add("target", type=Path, metavar="DIR", help="where the checkpoint goes; must not be there yet")
+    add("--size", choices=tuple(SIZES), required=True, help="geometry of which model")
+    add("--seed", type=int, default=0, help="which random weights (default: 0)")
+    add("--layers", type=int, metavar="N", help="fewer decoder layers, at full width")
+    add("--vision-layers", type=int, metavar="N", help="fewer vision blocks, at full width")
 
 
 def export(parser: argparse.ArgumentParser) -> None:

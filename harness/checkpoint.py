@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 import struct
+import threading
 import tomllib
 from collections.abc import Iterator
-from functools import cached_property
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +33,16 @@ class Checkpoint:
     def __init__(self, root: Path, revision: str = "local") -> None:
         self.root = Path(root)
         self.revision = revision
+        self._digest: Future | None = None
+        self._lock = threading.Lock()
         if not (self.root / "config.json").is_file():
             raise HarnessError("no config.json there", where=self.root, fix="give an HF model directory or a hub id")
         with within(self.root):
             self.config = read_json(self.root / "config.json")
             self.geometry = Geometry.from_config(self.config)
             self._files = self._index()
+        self.stamps = {path: stamp(path.stat()) for path in self.files}
+        """What each weight file looked like when the checkpoint was opened."""
 
     @property
     def name(self) -> str:
@@ -63,9 +70,18 @@ class Checkpoint:
                                    fix="download the shard again")
         return {name: self.root / shard for name, shard in weight_map.items()}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, sorted."""
+        return tuple(sorted(set(self._files.values())))
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
         return tuple(sorted(self._files))
+
+    def weight_bytes(self) -> int:
+        """Bytes that all weights take in float32, from the headers."""
+        return sum(4 * math.prod(entry["shape"]) for path in self.files for entry in safetensors_header(path).values())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored, memory-mapped. Raises HarnessError where the checkpoint has none of that name."""
@@ -80,10 +96,29 @@ class Checkpoint:
         """All tensors, by sorted name."""
         return ((name, self.tensor(name)) for name in self.names())
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 over config.json and every weight file (names and bytes)."""
-        return digest_files(self.root, ["config.json", *{path.name for path in self._files.values()}])
+        self.digest_soon()
+        return self._digest.result()
+
+    def digest_soon(self) -> None:
+        """Begin to compute it in the background: of a large checkpoint it takes as long as reading it does."""
+        with self._lock:
+            if self._digest is None:
+                self._digest = Future()
+                threading.Thread(target=self._compute_digest, args=(self._digest,), name="digest", daemon=True).start()
+
+    def _compute_digest(self, promise: Future) -> None:
+        try:
+            promise.set_result(digest_files(self.root, ["config.json", *{path.name for path in self._files.values()}]))
+        except BaseException as error:  # noqa: BLE001  it is raised where the digest is asked for
+            promise.set_exception(error)
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file is written or replaced: device, inode, size in bytes, time in nanoseconds."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_checkpoint(source: str | Path | None = None, revision: str | None = None) -> Checkpoint:

@@ -99,29 +99,15 @@ def _part(run: Any, policy: Any) -> int:
 
 
 def _record(arguments: Arguments) -> int:
-    subject = subject_of(arguments)
-    checkpoint, cases = subject.checkpoint, list(subject.cases.values())
-    from harness.oracle import record  # heavy, so what can be refused is refused before
-    from harness.subject import recorded_folder
-    from harness.terminal import Screen
+    from harness import commands
 
-    inside = _layers(arguments.inside, max(checkpoint.geometry.layers, checkpoint.geometry.vision_layers))
-    folder = arguments.out or recorded_folder(checkpoint, arguments.device)
-    with Screen() as screen:
-        oracle = record(checkpoint, cases, folder, device=arguments.device, inside=inside,
-                        progress=lambda what, done, total: screen.step("record", done, total))
-    print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder}, digest {oracle.digest[:12]}")
-    return ExitCode.PASS
+    return commands.record(arguments, subject_of(arguments))
 
 
-def _layers(text: str | None, count: int) -> frozenset[int] | str | None:
-    if text is None or text == "all":
-        return text
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) < count for part in parts):
-        raise HarnessError(f"{text!r} is neither 'all' nor layer numbers below {count}", where="--inside",
-                           fix="write for example --inside 0,1")
-    return frozenset(map(int, parts))
+def _synth(arguments: Arguments) -> int:
+    from harness import commands
+
+    return commands.synth(arguments)
 
 
 def _export(arguments: Arguments) -> int:
@@ -208,6 +194,7 @@ VERBS = {
     "ladder": Verb("run some rungs", (takes.subject, takes.output, takes.rung), _ladder),
     "record": Verb("record the fp32 oracle", (takes.record,), _record),
     "sketch": Verb("make a small stand-in of a recorded oracle, for git and model cards", (takes.sketch,), _sketch),
+    "synth": Verb("write a random checkpoint at full geometry", (takes.synth,), _synth),
     "export": Verb("quantize and export a bundle", (takes.export,), _export),
     "calibrate": Verb("measure this model's healthy noise and write its bounds",
                       (takes.subject, takes.calibrate), _calibrate),

@@ -16,7 +16,7 @@ import numpy as np
 from harness.bounds import Bounds
 from harness.checkpoint import read_json
 from harness.gate import digest_of
-from harness.subject import Subject
+from harness.subject import Subject, streams
 from harness.trace import decoder_seams, vision_seams
 
 SIDE, LONGEST = 224, 90_000
@@ -33,6 +33,8 @@ def heat_rows(subject: Subject, name: str) -> list[dict[str, Any]]:
     `part` says whose tokens they are: "decoder" (prompt and rollout) or "vision" (patches, block-major on `grid`). What
     was not computed in this run has no row.
     """
+    if streams(subject.conversion(subject.grid(name))):
+        return _swept(subject, name)
     kinds: list[tuple[str, str, Callable[[], tuple[Any, Any, Sequence[str]]]]] = [
         ("decoder", way, lambda way=way: (subject.recorded(name).trace, subject.graph_trace(name, way),
                                           decoder_seams(subject.geometry))) for way in ("accumulated", "local")]
@@ -44,6 +46,16 @@ def heat_rows(subject: Subject, name: str) -> list[dict[str, Any]]:
         kinds.append(("vision", "accumulated", lambda: (subject.recorded(name).trace,
                                                         subject.graph_trace(name, "accumulated"), blocks)))
     return [row for kind in kinds for row in _row(subject, name, *kind)]
+
+
+def _swept(subject: Subject, name: str) -> list[dict[str, Any]]:
+    """The decoder's map of a graph that streams: its errors were kept, its activations were not."""
+    from harness.rungs.swept import swept
+
+    heat = swept(subject).heat
+    seams = [seam for seam in decoder_seams(subject.geometry) if (name, seam) in heat]
+    return [{"case": name, "part": "decoder", "way": "accumulated", "grid": None, "seams": seams,
+             "values": [heat[name, seam] for seam in seams]}] if seams else []
 
 
 def _row(subject: Subject, name: str, part: str, way: str, made: Callable[[], Any]) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ class Options:
 
     mode: fp16, int8lin or int8hu: of the bundle that we export (int8hu by default), or of a given one whose metadata does
     not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes. engine: what runs
-    the bundle: Apple's runtime, or replay of its own program, in an arithmetic.
+    the bundle: Apple's runtime, or replay of its own program, in an arithmetic. memory: bytes that recording may hold.
     """
 
     checkpoint: str | None = None
@@ -35,6 +35,7 @@ class Options:
     oracle: Path | None = None
     mode: str | None = None
     device: str = "cpu"
+    memory: int | None = None
     cases: Path = CASES
     bounds: Path = BOUNDS
     policy: Path = POLICY

@@ -98,7 +98,7 @@ class Subject:
         from harness.oracle import record
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
-                      device=self.options.device,
+                      device=self.options.device, memory=self.options.memory,
                       progress=lambda what, done, total: self.progress("record", done, total))
 
     @property
@@ -224,8 +224,10 @@ class Subject:
         from harness.engines import Request
 
         recorded, engine = self.recorded(case), self.graph(case)
-        request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)), seams=engine.seams())
         stream = [*vision_seams(self.geometry), *decoder_seams(self.geometry)]
+        wanted = {*stream, "decoder.positions"} if streams(engine.conversion) else engine.seams()
+        request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)),
+                          seams=frozenset(wanted) & engine.seams())
         return next(engine.run([request], inject=recorded.trace if way == "local" else None, inject_at=stream))
 
     # The bundle under test, and its twin.
@@ -338,6 +340,11 @@ class Subject:
         for name in ("shipped", "sharp"):
             if self.__dict__.get(name) is not None:
                 self.__dict__[name].stop()
+
+
+def streams(conversion: Conversion) -> bool:
+    """Whether a conversion reads its weights for each call: then calls are made together, and little of them is kept."""
+    return getattr(conversion, "streams", False)
 
 
 def recorded_folder(checkpoint: Checkpoint, device: str = "cpu") -> Path:

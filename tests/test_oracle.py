@@ -18,12 +18,12 @@ from random_models import write_checkpoint
 from recorded import CASES, DECODE, IMAGE, TEXT, checkpoint, close, model, oracle  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from harness.cases import FrozenInputs, Turn
+from harness.cases import Turn
 from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
 from harness.oracle import forward, freeze, load_model, record, settle, true_fp32
 from harness.oracle.inputs import rope_index
-from harness.oracle.rollout import Draft
+from harness.oracle.rollout import Draft, mismatch
 from harness.store import Oracle
 
 
@@ -86,20 +86,22 @@ def test_eager_attention_is_another_oracle(checkpoint: Checkpoint, oracle: Oracl
 
 def test_after_ctrl_c_the_next_run_goes_on(checkpoint: Checkpoint, oracle: Oracle, tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
-        if what == "turns":
+        if what == "pass 1: decoder.02":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         record(checkpoint, CASES, tmp_path / "o", inside="all", progress=interrupt)
-    assert set(Oracle.open(tmp_path / "o").cases) == {"image", "text"}
+    with pytest.raises(HarnessError, match="no whole case"):
+        Oracle.open(tmp_path / "o")
     told = []
     again = record(checkpoint, CASES, tmp_path / "o", inside="all", progress=lambda *step: told.append(step))
-    assert [what for what, _, _ in told] == ["freezing inputs", "loading the model", "turns", "done"]
+    assert [what for what, _, _ in told] == ["freezing inputs", *(f"pass 1: {stage}" for stage in (
+        "decoder.02", "decoder.03", "norm", "logits.000")), "done"]
     assert again.digest == oracle.digest, "a resumed recording gives the same bytes"
 
 
 def test_nothing_to_do_loads_no_model(checkpoint: Checkpoint, oracle: Oracle, monkeypatch) -> None:
-    monkeypatch.setattr("harness.oracle.recording.load_model", None)
+    monkeypatch.setattr("harness.oracle.recording.skeleton", None)
     assert record(checkpoint, CASES, oracle.path, inside="all").digest == oracle.digest
 
 
@@ -167,32 +169,37 @@ def test_true_fp32_on_a_gpu_against_float64() -> None:
     assert (torch.nn.functional.conv2d(image, kernel).double() - exact).norm() / exact.norm() < 1e-6
 
 
-def frozen(length: int) -> FrozenInputs:
-    return FrozenInputs("c", np.ones(length, dtype=np.int32), np.zeros((3, length), dtype=np.int32))
-
-
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10_000), noise=st.sampled_from([0.0, 1e-6, 1e-3, 0.1]))
 def test_where_two_ways_of_computing_disagree_there_is_a_tie(seed: int, noise: float) -> None:
     generator = np.random.default_rng(seed)
-    truth = generator.integers(0, 4, (6, 9)).astype(np.float32)  # integers: exact ties are common
-    cached = truth[2:5] + (noise * generator.uniform(-1, 1, (3, 9))).astype(np.float32)
-    rollout, measured = settle(frozen(3), Draft(cached.argmax(-1).astype(np.int32), cached), truth, image_token=99)
-    assert measured == np.abs(cached - truth[2:5]).max()
-    differs = np.flatnonzero(truth[2:5].argmax(-1) != rollout.tokens)
+    truth = generator.integers(0, 4, (3, 9)).astype(np.float32)  # integers: exact ties are common
+    cached = truth + (noise * generator.uniform(-1, 1, (3, 9))).astype(np.float32)
+    rollout, measured = settle("c", Draft(cached.argmax(-1).astype(np.int32), cached), truth, image_token=99)
+    assert measured == np.abs(cached - truth).max() and mismatch(rollout.tokens, truth, cached) is None
+    differs = np.flatnonzero(truth.argmax(-1) != rollout.tokens)
     assert set(differs) <= set(rollout.ties)
     assert all((margin <= 4 * measured) == (step in rollout.ties) for step, margin in enumerate(rollout.margins))
 
 
 def test_settle_refuses_what_proves_nothing() -> None:
-    rows = np.eye(6, 9, dtype=np.float32)
-    draft = Draft(rows[2:5].argmax(-1).astype(np.int32), rows[2:5])
+    rows = np.eye(3, 9, dtype=np.float32)
+    draft = Draft(rows.argmax(-1).astype(np.int32), rows)
     with pytest.raises(HarnessError, match="image_pad"):
-        settle(frozen(3), draft, rows, image_token=3)
+        settle("c", draft, rows, image_token=2)
     broken = rows.copy()
-    broken[4, 1] = np.nan
+    broken[1, 1] = np.nan
     with pytest.raises(HarnessError, match="not finite"):
-        settle(frozen(3), draft, broken, image_token=99)
+        settle("c", draft, broken, image_token=99)
+
+
+def test_a_wrong_token_is_a_mismatch_where_noise_does_not_explain_it() -> None:
+    rows = np.zeros((3, 9), dtype=np.float32)
+    rows[:, 4] = 1.0
+    for token, noise, step in ((4, 0.0, None), (5, 0.4, 1), (5, 0.6, None)):
+        tokens = np.array([4, token, 4])
+        assert mismatch(tokens, rows, rows[1:] + np.float32(noise)) == step
+    assert mismatch(np.array([4, 4, 4]), np.full((3, 9), np.nan, dtype=np.float32), rows) == 0
 
 
 def test_forward_resets_the_rope_delta(model, oracle: Oracle) -> None:

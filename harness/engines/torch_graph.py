@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from harness.geometry import Geometry
 from harness.graph.contract import HostInputs, host_inputs
 from harness.graph.protocol import Conversion, Tap
 from harness.trace import Trace
+
+
+Sink = Callable[[str, np.ndarray], None]
+"""`sink(seam, values)`."""
 
 
 class TorchGraph:
@@ -34,20 +38,22 @@ class TorchGraph:
         return frozenset(self.conversion.seams())
 
     def run(self, requests: Sequence[Request], inject: Mapping[str, np.ndarray] | None = None,
-            inject_at: Collection[str] = ()) -> Iterator[Trace]:
+            inject_at: Collection[str] = (), sink: Sink | None = None) -> Iterator[Trace]:
         """One Trace a request. For a local error, the conversion goes on with `inject`'s values at the seams `inject_at`.
 
-        Raises HarnessError where the conversion cannot be injected into.
+        sink: takes the values at the request's seams as they come, instead of the Trace. Raises HarnessError where the
+        conversion cannot be injected into.
         """
         if inject is not None and not self.conversion.injectable:
             raise HarnessError("this conversion ignores what a tap returns, so no local error can be measured",
                                where=type(self.conversion).__name__, fix="set injectable and go on with tap's value")
         for request in requests:
-            yield self._one(request, inject or {}, frozenset(inject_at))
+            yield self._one(request, inject or {}, frozenset(inject_at), sink)
 
-    def _one(self, request: Request, inject: Mapping[str, np.ndarray], inject_at: frozenset[str]) -> Trace:
+    def _one(self, request: Request, inject: Mapping[str, np.ndarray], inject_at: frozenset[str],
+             sink: Sink | None) -> Trace:
         # Logits are what comes out: injected, they would only be compared with themselves.
-        tap = _Recorder(request.seams, {name: inject[name] for name in inject_at if name in inject and name != "logits"})
+        tap = _Recorder(request.seams, inject, inject_at - {"logits"}, sink)
         merged = merged_grid(request, self.geometry)
         started = time.perf_counter()
         image, deepstack = self._embeds(request, merged, tap)
@@ -63,7 +69,7 @@ class TorchGraph:
         prefilled = time.perf_counter()
         for _ in range(request.free):
             tokens.append(int(rows[-1][-1].argmax()))
-            rows.append(session.feed(np.array([tokens[-1]]), _Recorder(frozenset(), {}), 1))
+            rows.append(session.feed(np.array([tokens[-1]]), _Recorder(frozenset(), {}, frozenset()), 1))
         trace = Trace(tap.arrays(), {"engine": self.name, "tokens": tokens, "vision_s": encoded - started,
                                      "prefill_s": prefilled - encoded, "decode_s": time.perf_counter() - prefilled})
         trace.arrays["logits"] = np.concatenate(rows)
@@ -113,15 +119,19 @@ class Session:
 class _Recorder:
     """A tap that keeps what was asked for and hands back the injected value where there is one."""
 
-    def __init__(self, wanted: frozenset[str], inject: Mapping[str, np.ndarray]) -> None:
-        self.wanted, self.inject, self.start = wanted, inject, 0
+    def __init__(self, wanted: frozenset[str], inject: Mapping[str, np.ndarray], at: frozenset[str],
+                 sink: Sink | None = None) -> None:
+        self.wanted, self.inject, self.at, self.sink, self.start = wanted, inject, at & inject.keys(), sink, 0
         self._parts: dict[str, list[np.ndarray]] = {}
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         if name in self.wanted:
             kept = value.detach().to("cpu", torch.float32 if value.is_floating_point() else None)
-            self._parts.setdefault(name, []).append(kept.numpy().copy())
-        if name not in self.inject:
+            if self.sink is None:
+                self._parts.setdefault(name, []).append(kept.numpy().copy())
+            else:
+                self.sink(name, kept.numpy().copy())
+        if name not in self.at:
             return value
         start = 0 if name.startswith("vision.") else self.start
         given = torch.from_numpy(self.inject[name][start:start + value.shape[0]])

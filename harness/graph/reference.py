@@ -22,6 +22,10 @@ HEAD, EMBEDDING = "lm_head.weight", TEXT + "embed_tokens.weight"
 PATCH, POSITIONS = VISION + "patch_embed.proj.weight", VISION + "pos_embed.weight"
 
 
+LARGE = 4 << 30
+"""Bytes of weights in float32 from which on they are not held in memory."""
+
+
 class Reference:
     """Satisfies `harness.graph.protocol.Conversion`; computes in float32 with the weights given, by checkpoint name.
 
@@ -30,6 +34,8 @@ class Reference:
     """
 
     injectable = True
+    streams = False
+    """Whether calls are best made together: each reads all weights."""
 
     def __init__(self, geometry: Geometry, grid: tuple[int, int], weights: Mapping[str, Tensor]) -> None:
         self.geometry, self.grid = geometry, grid
@@ -69,8 +75,12 @@ class Reference:
 
 
 def factory(checkpoint: Path, grid: tuple[int, int]) -> Reference:
-    """What `--graph harness.graph.reference:factory` calls."""
+    """What `--graph harness.graph.reference:factory` calls; a checkpoint too large for that is not held in memory."""
     source = open_checkpoint(checkpoint)
+    if source.weight_bytes() > LARGE:
+        from harness.graph.streamed import StreamedReference  # which is made of this module
+
+        return StreamedReference(source, grid)
     return Reference(source.geometry, grid, {name: tensor.float() for name, tensor in source.tensors()})
 
 

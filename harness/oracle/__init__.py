@@ -11,6 +11,6 @@ from harness.oracle.hooks import wanted_seams
 from harness.oracle.inputs import freeze
 from harness.oracle.model import load_model, true_fp32
 from harness.oracle.recording import Progress, record
-from harness.oracle.rollout import forward, greedy, settle
+from harness.oracle.rollout import forward, settle
 
-__all__ = ["Progress", "forward", "freeze", "greedy", "load_model", "record", "settle", "true_fp32", "wanted_seams"]
+__all__ = ["Progress", "forward", "freeze", "load_model", "record", "settle", "true_fp32", "wanted_seams"]

@@ -7,7 +7,7 @@ DeepStack addition, 5.x before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -42,11 +42,15 @@ def _layer(seam: str, geometry: Geometry) -> int | None:
 
 
 class SeamHooks:
-    """`with SeamHooks(model, geometry, seams) as hooks: model(...)`, then `hooks.arrays()`."""
+    """`with SeamHooks(model, geometry, seams) as hooks: model(...)`, then `hooks.arrays()`.
+
+    Where several forwards take turns, `into` says whose values come next.
+    """
 
     def __init__(self, model: nn.Module, geometry: Geometry, seams: tuple[str, ...]) -> None:
         self.seams, self.geometry = seams, geometry
-        self._model, self._raw, self._handles = model, {}, []
+        self._model, self._handles = model, []
+        self._raw: dict[str, Any] | None = {}
 
     def __enter__(self) -> SeamHooks:
         wanted = set(self.seams)
@@ -71,29 +75,44 @@ class SeamHooks:
 
     def _keep(self, name: str, copy: bool) -> Callable[[Any], None]:
         def keep(value: Any) -> None:
-            self._raw[name] = value.detach().clone() if copy else value
+            if self._raw is not None:
+                self._raw[name] = value.detach().clone() if copy else value
 
         return keep
+
+    def into(self, raw: dict[str, Any] | None) -> None:
+        """Values go here from now on; None: they are let go."""
+        self._raw = raw
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The seams, float32, tokens on axis 0, in order; references are let go."""
         raw, self._raw = self._raw, {}
-        with torch.no_grad():
-            for name in [name.removesuffix(".angles") for name in raw if name.endswith(".angles")]:
-                (_rotate_vision if name.startswith("vision.") else _rotate_text)(raw, name, self.geometry)
-        silent = [seam for seam in self.seams if seam not in raw]
-        if silent:
-            raise HarnessError("the model passed no value there", where=silent[0], fix=_RELEASES)
-        return {seam: _plain(raw.pop(seam), seam, self.geometry) for seam in self.seams}
+        return {name: to_numpy(value) for name, value in plain(raw, self.seams, self.geometry).items()}
 
 
-def _plain(value: Tensor, seam: str, geometry: Geometry) -> np.ndarray:
+@torch.no_grad()
+def plain(raw: dict[str, Any], seams: Sequence[str], geometry: Geometry) -> dict[str, Tensor]:
+    """Values of these seams, taken out of what the hooks kept: tokens on axis 0, heads split, queries and keys turned."""
+    for name in [name.removesuffix(".angles") for name in raw if name.endswith(".angles")]:
+        (_rotate_vision if name.startswith("vision.") else _rotate_text)(raw, name, geometry)
+    silent = [seam for seam in seams if seam not in raw]
+    if silent:
+        raise HarnessError("the model passed no value there", where=silent[0], fix=_RELEASES)
+    return {seam: _plain(raw.pop(seam), seam, geometry) for seam in seams}
+
+
+def to_numpy(value: Tensor) -> np.ndarray:
+    """float32 on the CPU, in C order."""
+    return value.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def _plain(value: Tensor, seam: str, geometry: Geometry) -> Tensor:
     """Without the batch axis of the decoder; values of attention split into heads."""
     if not seam.startswith("vision."):
         value = value[0]
     if seam.endswith("attn.v"):
         value = value.reshape(value.shape[0], -1, _head_dim(seam, geometry))
-    return value.detach().to("cpu", torch.float32).contiguous().numpy()
+    return value
 
 
 def _head_dim(seam: str, geometry: Geometry) -> int:

@@ -9,7 +9,6 @@ from transformers.utils import logging
 
 from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
-from harness.geometry import Geometry
 
 
 def true_fp32() -> dict[str, str]:
@@ -34,7 +33,9 @@ def true_fp32() -> dict[str, str]:
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu",
                attention: str = "sdpa") -> Qwen3VLForConditionalGeneration:
-    """The checkpoint as `Qwen3VLForConditionalGeneration`, float32, in evaluation mode, on `device`.
+    """The whole checkpoint as `Qwen3VLForConditionalGeneration`, float32, in evaluation mode, on `device`.
+
+    device "auto": spread over the GPUs that are there by Hugging Face's own device map (needs accelerate).
 
     Raises HarnessError where transformers cannot load it, misses or ignores a tensor, or reads another geometry from
     its config than the config says (a default that slipped in).
@@ -44,7 +45,7 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu",
     try:
         model, info = Qwen3VLForConditionalGeneration.from_pretrained(
             checkpoint.root, dtype=torch.float32, attn_implementation=attention, local_files_only=True,
-            use_safetensors=True, output_loading_info=True)
+            use_safetensors=True, output_loading_info=True, **({"device_map": "auto"} if device == "auto" else {}))
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         raise HarnessError(f"transformers cannot load it ({one_line(error)})",
                            where=checkpoint.root) from error
@@ -52,25 +53,27 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu",
         if info.get(kind):
             raise HarnessError(f"transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}",
                                where=checkpoint.root, fix="the oracle needs each tensor of the model, and no other")
-    model = model.eval().to(device)
-    for what, wrong in _misread(model, checkpoint.geometry).items():
-        if wrong:
-            raise HarnessError(f"transformers reads another {what} than config.json says", where=checkpoint.root,
-                               fix="write the config in the layout of the hub (rope_theta and rope_scaling)")
+    model = model.eval() if device == "auto" else model.eval().to(device)
+    misread(model, checkpoint)
+    if any(value.dtype != torch.float32 for value in model.parameters()):
+        raise HarnessError("transformers does not load it in float32", where=checkpoint.root)
     return model
 
 
-def _misread(model: Qwen3VLForConditionalGeneration, geometry: Geometry) -> dict[str, bool]:
-    text = model.model.language_model
+def misread(model: Qwen3VLForConditionalGeneration, checkpoint: Checkpoint) -> None:
+    """Raises HarnessError where the model was built for another geometry than the config says."""
+    text, geometry = model.model.language_model, checkpoint.geometry
     rope, norm = text.rotary_emb, text.norm
     lanes = torch.arange(0, geometry.head_dim, 2, dtype=torch.float64)
     theta = (geometry.rope_theta ** -(lanes / geometry.head_dim)).float()
-    return {"rope theta": not _close(rope.inv_freq.cpu(), theta),
-            "mrope_section": tuple(rope.mrope_section) != geometry.mrope_section,
-            "rms_norm_eps": norm.variance_epsilon != geometry.rms_eps,
-            "number of layers": len(text.layers) != geometry.layers,
-            "tie_word_embeddings": (model.lm_head.weight is text.embed_tokens.weight) != geometry.tied,
-            "dtype than float32": any(value.dtype != torch.float32 for value in model.parameters())}
+    wrong = {"rope theta": not _close(rope.inv_freq.cpu(), theta),
+             "mrope_section": tuple(rope.mrope_section) != geometry.mrope_section,
+             "rms_norm_eps": norm.variance_epsilon != geometry.rms_eps,
+             "number of layers": len(text.layers) != geometry.layers,
+             "tie_word_embeddings": (model.lm_head.weight is text.embed_tokens.weight) != geometry.tied}
+    for what in (name for name, differs in wrong.items() if differs):
+        raise HarnessError(f"transformers reads another {what} than config.json says", where=checkpoint.root,
+                           fix="write the config in the layout of the hub (rope_theta and rope_scaling)")
 
 
 def one_line(error: Exception) -> str:

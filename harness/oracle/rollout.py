@@ -1,14 +1,17 @@
-"""Greedy rollout with the KV cache, and the one forward that verifies it."""
+"""The greedy rollout by verification: one forward over prompt and draft, and a second way of computing the same rows."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from harness.cases import FrozenInputs, Rollout
 from harness.errors import HarnessError
@@ -20,7 +23,7 @@ of the truth differ by twice the noise, and a margin, being a difference of two 
 
 @dataclass(frozen=True)
 class Draft:
-    """What cached decoding chose: tokens [n] int32 and the logits [n, V] float32 they were chosen from."""
+    """Tokens [n] int32; and logits [m, V] float32, the last m of the rows that choose them computed a second way."""
 
     tokens: np.ndarray
     logits: np.ndarray
@@ -33,70 +36,94 @@ def extend_positions(planes: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([planes, tail], axis=1).astype(np.int32)
 
 
-@torch.no_grad()
-def forward(model: nn.Module, inputs: FrozenInputs, tokens: Sequence[int] = ()) -> Any:
-    """One HF forward over prompt + tokens, with a fresh cache; returns HF's output (logits [1, T + n, V]).
+def arguments(inputs: FrozenInputs, tokens: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What HF's model is called with for prompt + tokens.
 
     Positions and an all-ones mask are explicit: without a mask, transformers 4.57 takes the repeated positions of
     image tokens for packed sequences, and a rope delta kept from an earlier prompt would shift this one.
     """
-    device = model.lm_head.weight.device
     ids = torch.from_numpy(np.concatenate([inputs.ids, np.asarray(tokens, dtype=np.int32)]).astype(np.int64))[None]
     planes = torch.from_numpy(extend_positions(inputs.positions, len(tokens)).astype(np.int64))[:, None]
     image = {}
     if inputs.patches is not None:
         image = {"pixel_values": torch.from_numpy(inputs.patches).to(device),
                  "image_grid_thw": torch.tensor([inputs.grid], device=device)}
-    model.model.rope_deltas = None
-    return model(input_ids=ids.to(device), position_ids=planes.to(device), use_cache=True,
-                 attention_mask=torch.ones_like(ids, device=device), **image)
+    return {"input_ids": ids.to(device), "position_ids": planes.to(device), "use_cache": True,
+            "attention_mask": torch.ones_like(ids, device=device), **image}
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, inputs: FrozenInputs, count: int) -> Draft:
-    """`count` greedy tokens, step by step; an end-of-text token does not stop it, so that 24 tokens are 24."""
-    planes = torch.from_numpy(extend_positions(inputs.positions, count).astype(np.int64))[:, None]
-    output, rows = forward(model, inputs), []
-    device = output.logits.device
-    for step in range(count):
-        rows.append(output.logits[0, -1])
-        length = inputs.length + step + 1
-        if step + 1 < count:
-            output = model(input_ids=rows[-1].argmax().view(1, 1), use_cache=True,
-                           past_key_values=output.past_key_values,
-                           position_ids=planes[:, :, length - 1:length].to(device),
-                           attention_mask=torch.ones(1, length, dtype=torch.int64, device=device))
-    logits = torch.stack(rows).float().cpu().numpy()
-    return Draft(logits.argmax(-1).astype(np.int32), logits)
+def forward(model: nn.Module, inputs: FrozenInputs, tokens: Sequence[int] = ()) -> Any:
+    """One HF forward over prompt + tokens, with a fresh cache; returns HF's output (logits [1, T + n, V])."""
+    model.model.rope_deltas = None
+    return model(**arguments(inputs, tokens, model.lm_head.weight.device))
 
 
-def settle(inputs: FrozenInputs, draft: Draft, logits: np.ndarray, image_token: int) -> tuple[Rollout, float]:
-    """The rollout and the reference's noise, from a draft and the logits [T + n, V] of the forward that verifies it.
+def behind(inputs: FrozenInputs, tokens: Sequence[int], first: int, device: torch.device) -> dict[str, Any]:
+    """What HF's model is called with, behind a cache of prompt and tokens before, to choose tokens first, first + 1, ..
 
-    If the argmax of row T - 1 + i is token i for every i, the draft is the greedy rollout, by induction. The noise is
-    the largest difference between the two ways of computing the same rows. Where the argmax differs from the draft, the
-    margin is at most twice the noise, so such a step is always a tie: the draft's token stays, because what follows in
-    the trace was computed behind it. Margins are those of the verifying forward.
+    It is fed the token before each of them; row i of what comes out chooses token first + i, computed another way than
+    by `forward`.
+    """
+    whole = np.concatenate([inputs.ids, np.asarray(tokens, dtype=np.int32)]).astype(np.int64)
+    start, end = inputs.length - 1 + first, len(whole) - 1
+    planes = extend_positions(inputs.positions, len(tokens))[:, start:end].astype(np.int64)
+    return {"input_ids": torch.from_numpy(whole[None, start:end]).to(device), "use_cache": True,
+            "position_ids": torch.from_numpy(planes)[:, None].to(device),
+            "attention_mask": torch.ones(1, end, dtype=torch.int64, device=device)}
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, head: Sequence[Tensor], inputs: FrozenInputs, count: int, device: torch.device) -> list[int]:
+    """`count` greedy tokens by cached decoding, one a step, for a model whose weights are all in place.
+
+    head: blocks of rows of the head. An end-of-text token does not stop it, so that 24 tokens are 24.
+    """
+    cache, tokens = DynamicCache(), []
+    name, model.model.rope_deltas = cache_name(model), None
+    call = arguments(inputs, (), device)
+    while len(tokens) < count:
+        last = model.model(**call, **{name: cache})[0][:, -1]
+        tokens.append(int(torch.cat([F.linear(last, rows.to(last.device)) for rows in head], dim=1).argmax()))
+        call = behind(inputs, [*tokens, 0], len(tokens), device)
+    return tokens
+
+
+def cache_name(model: nn.Module) -> str:
+    """What this release of transformers calls the argument that the cache is handed in by."""
+    known = inspect.signature(type(model.model.language_model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
+def settle(case: str, draft: Draft, rows: np.ndarray, image_token: int) -> tuple[Rollout, float]:
+    """The rollout and the reference's noise, from a draft and the rows [n, V] of the one forward that choose its tokens.
+
+    If the argmax of row i is token i for every i, the draft is the greedy rollout, by induction. The noise is
+    the largest difference between the two ways of computing the same rows: all in one forward, and behind a cache.
+    Where the argmax differs from the draft by at most twice the noise (`mismatch`), the margin is as small, so such a
+    step is always a tie: the draft's token stays, because what follows in the trace was computed behind it. Margins are
+    those of the one forward.
 
     Raises HarnessError for logits that are not finite, and where the model itself continues with the image token, which
     no host can tell from an image.
     """
-    rows = logits[inputs.length - 1:inputs.length - 1 + len(draft.tokens)]
     if not (np.isfinite(rows).all() and np.isfinite(draft.logits).all()):
-        raise HarnessError("the reference's own logits are not finite", where=inputs.case, fix="check the checkpoint")
+        raise HarnessError("the reference's own logits are not finite", where=case, fix="check the checkpoint")
     if image_token in draft.tokens:
-        raise HarnessError("the model continues with <|image_pad|>", where=inputs.case, fix="choose another case")
-    noise = float(np.abs(rows - draft.logits).max())
+        raise HarnessError("the model continues with <|image_pad|>", where=case, fix="choose another case")
+    noise = _noise(rows, draft.logits)
     best = np.partition(rows, -2, axis=-1)[:, -2:]
     margins = (best[:, 1] - best[:, 0]).astype(np.float32)
     ties = np.flatnonzero(margins <= TIE_FACTOR * noise)
     return Rollout(draft.tokens, margins, tuple(int(step) for step in ties)), noise
 
 
-def cache_arrays(cache: Any) -> dict[str, np.ndarray]:
-    """HF `DynamicCache` -> `kv.keys`, `kv.values` [L, kv_heads, T, head_dim] float32."""
-    def stack(parts: list[Tensor]) -> np.ndarray:
-        return torch.stack([part[0].to("cpu", torch.float32) for part in parts]).numpy()
+def mismatch(tokens: np.ndarray, rows: np.ndarray, other: np.ndarray) -> int | None:
+    """The first step at which the rows [n, V] choose otherwise than the tokens by more than noise explains, or None."""
+    gap = rows.max(-1) - rows[np.arange(len(tokens)), tokens]
+    broken = np.flatnonzero(~(gap <= 2 * _noise(rows, other)))
+    return int(broken[0]) if len(broken) else None
 
-    return {"kv.keys": stack([layer.keys for layer in cache.layers]),
-            "kv.values": stack([layer.values for layer in cache.layers])}
+
+def _noise(rows: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(rows[-len(other):] - other).max())

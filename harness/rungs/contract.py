@@ -12,7 +12,8 @@ import numpy as np
 from harness.graph.contract import positions
 from harness.ladder import exact
 from harness.probes import planned
-from harness.subject import Subject
+from harness.rungs.swept import swept
+from harness.subject import Subject, streams
 from harness.verdict import Outcome, Verdict
 
 NAME, PROBES = "contract", "probes"
@@ -35,7 +36,8 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     host = subject.host(ids, geometry.image_token, geometry.vocab, merged)
     ours = positions(host.ids, geometry.vocab, host.shift_start, host.shift_amount, merged[1] if merged else 1)
     verdicts = [exact(NAME, case, "host.positions", recorded.positions, ours, "planes from extension ids and rope shift")]
-    trace = subject.graph_trace(case, "accumulated")
+    streamed = streams(subject.conversion(subject.grid(case)))
+    trace = swept(subject).traces[case] if streamed else subject.graph_trace(case, "accumulated")
     if "decoder.positions" in trace:
         verdicts.append(_planes(case, recorded.positions, trace["decoder.positions"].T))
     else:

@@ -17,7 +17,8 @@ from harness.metrics import kl_divergence
 from harness.plan import cache_seams
 from harness.rungs import sketched
 from harness.rungs.contract import offset
-from harness.subject import Subject
+from harness.rungs.swept import for_all, swept
+from harness.subject import Subject, streams
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
 
@@ -32,17 +33,27 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """One prefill and n single steps against the oracle."""
+    if not streams(subject.conversion(subject.grid(case))):
+        return _measure(subject, case)
+    if "decoded" not in subject.memory:
+        swept(subject)  # whose positions are asked for, before the steps of all cases are taken together
+        subject.memory["decoded"] = for_all(subject, lambda name: _measure(subject, name))
+    return subject.memory["decoded"][case]
+
+
+def _measure(subject: Subject, case: str) -> list[Verdict]:
     recorded, trace = subject.recorded(case), stepped(subject, case)
     tokens = recorded.rollout.tokens
     first = recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens")
-    oracle, seams = recorded.trace, cache_seams(subject.geometry.layers)
+    seams = cache_seams(subject.geometry.layers)
     if subject.by_sketch:
-        keys = _unturned(subject, case, oracle.only(seams))
+        keys = _unturned(subject, case, recorded.trace.only(seams))
         return [*judge(NAME, case, seams, keys, {"": by_layer(trace)}, subject.bounds),
                 sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
                 sketched.greedy_by_top(NAME, case, subject, rows, tokens, trace["logits"], tie)]
+    oracle = recorded.load(("logits", "kv.keys", "kv.values"))
     return [*judge(NAME, case, seams, _turned(subject, case, by_layer(oracle)), {"": by_layer(trace)}, subject.bounds),
             divergence(NAME, case, oracle["logits"], trace["logits"], subject.bounds.limit(NAME, "kl", "kl")),
             greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], trace["logits"][rows], tie)]
@@ -57,7 +68,9 @@ def stepped(subject: Subject, case: str) -> Trace:
 
 def _apart(subject: Subject, case: str) -> int:
     """How many positions further the graph counts than the oracle, everywhere."""
-    planes = subject.graph_trace(case, "accumulated").get("decoder.positions")
+    streamed = streams(subject.conversion(subject.grid(case))) and not subject.by_sketch
+    trace = swept(subject).traces[case] if streamed else subject.graph_trace(case, "accumulated")
+    planes = trace.get("decoder.positions")
     return 0 if planes is None else offset(subject.recorded(case).positions, planes.T)
 
 

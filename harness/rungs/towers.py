@@ -8,13 +8,16 @@ import numpy as np
 
 from harness.ladder import judge
 from harness.rungs import sketched
-from harness.subject import Subject, offered
+from harness.rungs.swept import swept
+from harness.subject import Subject, offered, streams
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
 
 
 def judge_tower(rung: str, subject: Subject, case: str, seams: Sequence[str]) -> list[Verdict]:
     """Verdicts at `seams`; those that the graph does not offer are SKIPs, which the policy may or may not excuse."""
+    if streams(subject.conversion(subject.grid(case))) and not subject.by_sketch:
+        return swept(subject).verdicts.get((rung, case), [])
     have, lacking = offered(subject, case, seams)
     recorded = subject.recorded(case)
     injectable = subject.conversion(subject.grid(case)).injectable and not subject.by_sketch

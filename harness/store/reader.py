@@ -26,6 +26,11 @@ INPUTS, ROLLOUT = "inputs", "rollout"
 """The parts that are no activations; every other part belongs to the trace."""
 
 
+JOINED = {"logits": 1, "kv.keys": None, "kv.values": None}
+"""What is recorded in pieces, and the axis they are joined along (None: a new one): logits by blocks of the vocabulary,
+the cache by layers."""
+
+
 class Oracle:
     """An oracle on disk. exact: it holds every value (a sketch of one does not)."""
 
@@ -123,7 +128,9 @@ class OracleCase:
     @property
     def seams(self) -> tuple[str, ...]:
         """Names in the trace: seams, `kv.keys`, `kv.values`."""
-        return tuple(name for part in self._trace_parts() for name in self._tensors[part])
+        names = [name for part in self._trace_parts() for name in self._tensors[part]]
+        whole = [name for name in names if joined(name) is None]
+        return (*whole, *(name for name in JOINED if any(joined(piece) == name for piece in names)))
 
     @cached_property
     def inputs(self) -> FrozenInputs:
@@ -161,7 +168,15 @@ class OracleCase:
         wanted, arrays = set(seams), {}
         for part in self._trace_parts():
             arrays |= self._load(part, wanted)
+        for name, axis in JOINED.items():
+            pieces = [arrays.pop(piece) for piece in list(arrays) if joined(piece) == name]
+            if pieces:
+                arrays[name] = np.stack(pieces) if axis is None else np.concatenate(pieces, axis)
         return Trace(arrays, dict(self.facts))
+
+    def lazily(self) -> Mapping[str, np.ndarray]:
+        """The trace, each array read (and verified) when it is asked for, and not kept."""
+        return _Lazily(self)
 
     def rounded(self) -> str | None:
         """Which narrower type all values of the final norm would fit, or None: float32 values use all their digits."""
@@ -193,8 +208,33 @@ class OracleCase:
         records = self._tensors.get(part)
         if records is None:
             raise HarnessError(f"the case has no part {part!r}", where=self.folder, fix=AGAIN)
-        names = [name for name in records if wanted is None or name in wanted]
+        names = [name for name in records if wanted is None or (joined(name) or name) in wanted]
         return read_tensors(self.folder / f"{part}.safetensors", records, names) if names else {}
+
+
+class _Lazily(Mapping[str, np.ndarray]):
+    def __init__(self, case: OracleCase) -> None:
+        self._case, self._seams = case, dict.fromkeys(case.seams)
+
+    def __getitem__(self, seam: str) -> np.ndarray:
+        if seam not in self._seams:
+            raise KeyError(seam)
+        return self._case.load((seam,))[seam]
+
+    def __contains__(self, seam: object) -> bool:
+        return seam in self._seams
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seams)
+
+    def __len__(self) -> int:
+        return len(self._seams)
+
+
+def joined(name: str) -> str | None:
+    """What a piece belongs to: `kv.keys.07` (a layer) to `kv.keys`, `logits.003` (a block of the vocabulary) to `logits`."""
+    whole, _, number = name.rpartition(".")
+    return whole if number.isdecimal() and whole in JOINED else None
 
 
 def case_digest(name: str, defined: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:

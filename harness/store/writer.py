@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,13 @@ import numpy as np
 from harness.cases import Case
 from harness.checkpoint import read_json
 from harness.errors import HarnessError
-from harness.store.files import clean, disk_errors, lock, safe_name, write_json, write_tensors
+from harness.store.files import clean, disk_errors, lock, read_tensors, safe_name, write_json, write_tensors
 from harness.store.identity import SCHEMA, Identity, definition, digest, need, read_manifest
 from harness.store.reader import OracleCase, case_digest
+
+
+NOTE = "note.json"
+"""What a run that is under way keeps for the next one; no part may be called so."""
 
 
 class OracleWriter:
@@ -75,32 +79,53 @@ class CaseWriter:
             (folder / "case.json").unlink(missing_ok=True)
             self._drop_other_definitions()
 
-    def part(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write one part: arrays of float32, float64, int32 or int64."""
+    def part(self, name: str, arrays: Mapping[str, np.ndarray], key: str = "") -> None:
+        """Write one part: arrays of float32, float64, int32 or int64. key: what else than the case decides its values."""
         record = self.folder / f"{safe_name(name)}.json"
         record.unlink(missing_ok=True)
         self._tensors[name] = write_tensors(self.folder / f"{name}.safetensors", arrays)
-        write_json(record, {"definition": digest(self.definition), "tensors": self._tensors[name]})
+        write_json(record, {"definition": digest(self.definition), "tensors": self._tensors[name], "key": key})
 
-    def resume(self, name: str, tensors: Collection[str]) -> bool:
-        """Take over a part that an earlier run finished with exactly these tensors; False where there is none.
+    def resume(self, name: str, tensors: Collection[str], key: str = "") -> bool:
+        """Take over a part that an earlier run finished with exactly these tensors and this key; False where none is.
 
         A part in the directory is of this case and this identity: parts of other definitions are gone by now, and an
         oracle has one identity.
         """
         record = self.folder / f"{safe_name(name)}.json"
-        held = need(read_json(record), "tensors") if record.exists() else {}
-        if not held or set(held) != set(tensors):
+        held = read_json(record) if record.exists() else {}
+        if not held or set(need(held, "tensors")) != set(tensors) or held.get("key", "") != key:
             return False
-        self._tensors[name] = held
+        self._tensors[name] = held["tensors"]
         return True
 
-    def finish(self, facts: Mapping[str, Any] | None = None) -> None:
-        """Make the case count. `facts` are plain values about the run, times for example; no digest covers them."""
+    def read(self, name: str, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """Arrays of a part that is there, of whatever key, each checked against its sha256."""
+        held = need(read_json(self.folder / f"{safe_name(name)}.json"), "tensors")
+        return read_tensors(self.folder / f"{name}.safetensors", held, tensors)
+
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Keep plain values for the next run, should this one be killed; gone when the case is finished."""
+        write_json(self.folder / NOTE, {"definition": digest(self.definition), "state": dict(state)})
+
+    def noted(self) -> dict[str, Any] | None:
+        """What an earlier run noted of this case, or None."""
+        path = self.folder / NOTE
+        return need(read_json(path), "state") if path.exists() else None
+
+    def finish(self, facts: Mapping[str, Any] | None = None, parts: Sequence[str] | None = None) -> None:
+        """Make the case count, with these parts in this order (default: all written or resumed); others are removed.
+
+        `facts` are plain values about the run, times for example; no digest covers them.
+        """
+        tensors = {name: self._tensors[name] for name in (self._tensors if parts is None else parts)}
         write_json(self.folder / "case.json", {
             "case": {"name": self.case.name, "why": self.case.why, "engine": self.case.engine},
-            "definition": self.definition, "parts": list(self._tensors), "facts": dict(facts or {}),
-            "digest": case_digest(self.case.name, self.definition, self._tensors)})
+            "definition": self.definition, "parts": list(tensors), "facts": dict(facts or {}),
+            "digest": case_digest(self.case.name, self.definition, tensors)})
+        for path in (*self.folder.glob("*.json"), *self.folder.glob("*.safetensors")):
+            if path.stem not in tensors and path.name != "case.json":
+                path.unlink()
 
     def _drop_other_definitions(self) -> None:
         """Remove parts that were made when the case was defined otherwise."""

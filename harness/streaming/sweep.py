@@ -1,0 +1,85 @@
+"""Bringing forwards of one or several models through the stages together, over and over until all of them are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.streaming.parked import Parked
+from harness.streaming.stages import Place, Stage
+from harness.streaming.weights import Source
+
+LOGITS_BYTES = 1 << 29
+"""Bytes of logits that are filled at a time; the head is read once for each such group of forwards."""
+Real = Mapping[nn.Module, Callable[..., Any]]
+
+
+def merged(models: Sequence[Sequence[Stage]]) -> list[Stage]:
+    """Stages of models that hold the same weights (towers of several grids): read once, placed in each."""
+    joined = []
+    for parts in zip(*models, strict=True):
+        places = [Place(tuple(owner for same in group for owner in same.owners), group[0].attribute, group[0].tensor,
+                        group[0].shape) for group in zip(*(stage.places for stage in parts), strict=True)]
+        modules = tuple(module for stage in parts for module in stage.modules)
+        joined.append(Stage(parts[0].name, modules, tuple(places), parts[0].rows))
+    return joined
+
+
+@torch.no_grad()
+def sweep(forwards: Sequence[Parked], stages: Sequence[Stage], heads: Sequence[nn.Module], source: Source, real: Real,
+          after: Callable[[str], None] = lambda stage: None) -> int:
+    """Drive forwards to their ends; returns how many passes over the weights that took.
+
+    heads: the modules that multiply by the head's matrix, which is read in blocks of rows. after(stage) is told when a
+    stage has been computed for all that waited there. Raises what a forward raises; those that are not done are ended.
+    """
+    body, rows = [stage for stage in stages if not stage.rows], [stage for stage in stages if stage.rows]
+    passes = 0
+    try:
+        while any(forward.at is not None for forward in forwards):
+            passes += 1
+            first = min((place for place, stage in enumerate(body) if _waiting(forwards, stage.modules)), default=len(body))
+            for stage, _ in source.stages(body[first:]):
+                for forward in forwards:
+                    while forward.at is not None and forward.at.module in stage.modules:
+                        call = forward.at
+                        forward.go(real[call.module](*call.arguments, **call.keywords))
+                after(stage.name)
+            for group in _groups(_waiting(forwards, heads), rows[-1].rows[1]):
+                for forward, logits in zip(group, _logits(group, rows, source)):
+                    forward.go(logits)
+                after("logits")
+    finally:
+        for forward in forwards:
+            forward.close()
+    return passes
+
+
+def _waiting(forwards: Sequence[Parked], modules: Sequence[nn.Module]) -> list[Parked]:
+    return [forward for forward in forwards if forward.at is not None and forward.at.module in modules]
+
+
+def _groups(forwards: Sequence[Parked], vocab: int) -> list[list[Parked]]:
+    groups: list[list[Parked]] = []
+    size = LOGITS_BYTES
+    for forward in forwards:
+        bytes_ = 4 * vocab * forward.at.arguments[0].shape[-2]
+        if size + bytes_ > LOGITS_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(forward)
+        size += bytes_
+    return groups
+
+
+def _logits(group: Sequence[Parked], rows: Sequence[Stage], source: Source) -> list[Tensor]:
+    hidden = [forward.at.arguments[0] for forward in group]
+    filled = [value.new_empty(*value.shape[:-1], rows[-1].rows[1]) for value in hidden]
+    for stage, (weight,) in source.stages(rows):
+        for value, logits in zip(hidden, filled):
+            logits[..., slice(*stage.rows)] = F.linear(value, weight)
+    return filled
