@@ -33,7 +33,11 @@ def heat_rows(subject: Subject, name: str) -> list[dict[str, Any]]:
     `part` says whose tokens they are: "decoder" (prompt and rollout) or "vision" (patches, block-major on `grid`). What
     was not computed in this run has no row.
     """
-    if streams(subject.conversion(subject.grid(name))):
+    try:
+        streamed = streams(subject.conversion(subject.grid(name)))
+    except Exception:  # a porter's factory may raise anything; the verdicts say what
+        return []
+    if streamed:
         return _swept(subject, name)
     kinds: list[tuple[str, str, Callable[[], tuple[Any, Any, Sequence[str]]]]] = [
         ("decoder", way, lambda way=way: (subject.recorded(name).trace, subject.graph_trace(name, way),
