@@ -19,12 +19,14 @@ from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError, Undecided
 from harness.export.convert import save_asset
 from harness.export.folder import clear_away, copy_tokenizer, refuse, tokenizer_files, whole, write_metadata
-from harness.export.hollow import hollow_decoder, hollow_vision
+from harness.export.hollow import Pending, hollow_decoder, hollow_vision
 from harness.export.program import Program, trace_decoder, trace_vision
 from harness.export.room import Room, check_room, scratch
 from harness.export.seams import find_entries, write_seams
 from harness.export.values import CheckpointValues
+from harness.graph.decoder import Decoder
 from harness.graph.quantize import RECIPES, Recipe
+from harness.graph.vision import Vision
 
 MODEL_DEFINITION = "Qwen3VLForConditionalGeneration"
 Say = Callable[[str], None]
@@ -142,19 +144,25 @@ class Exporter:
         self.say(f"export: {room.describe(self.out_dir, self.scratch)}")
         check_room(room, self.out_dir, self.scratch)
 
+    def _hollow_vision(self) -> tuple[Vision, Pending]:
+        return hollow_vision(self.geometry, self.grid, self.values, self.dtype)
+
+    def _hollow_decoder(self) -> tuple[Decoder, Pending, int]:
+        geometry = self.recipe.geometry(self.geometry)
+        merged = tuple(side // geometry.merge for side in self.grid)
+        return hollow_decoder(geometry, merged, self.recipe, self.values, self.dtype)
+
     def _vision(self, target: Path) -> Indexed:
-        tower, pending = hollow_vision(self.geometry, self.grid, self.values, self.dtype)
+        tower, pending = self._hollow_vision()
         with self._stage("trace vision"):
             program = trace_vision(tower, self.geometry, self.dtype)
         program.pending = pending
         return self._write(target, program, {"kind": VISION})
 
     def _decoder(self, target: Path, dynamic: bool = False) -> Indexed:
-        geometry = self.recipe.geometry(self.geometry)
-        merged = tuple(side // geometry.merge for side in self.grid)
-        tower, pending, self.result.quantized = hollow_decoder(geometry, merged, self.recipe, self.values, self.dtype)
+        tower, pending, self.result.quantized = self._hollow_decoder()
         with self._stage("trace decoder"):
-            program = trace_decoder(tower, geometry, self.context, self.dtype, dynamic=dynamic)
+            program = trace_decoder(tower, self.recipe.geometry(self.geometry), self.context, self.dtype, dynamic=dynamic)
         program.pending = pending
         if dynamic:
             program.nodes.clear()  # the runtime does not hand out inner values whose shape is dynamic

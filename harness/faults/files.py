@@ -55,14 +55,22 @@ class Files:
         from harness.export.bundles import Exporter
 
         class Bent(Exporter):
-            def _towers(self) -> tuple[Any, Any]:
-                vision, decoder = super()._towers()
-                bend(SimpleNamespace(vision=vision, decoder=decoder, geometry=self.geometry, grid=self.grid))
-                return vision, decoder
+            """Towers are made when their turn comes; `bend` sees both, and only the one in turn is exported."""
 
-        options, subject = self.subject.options, self.subject
+            def _hollow_vision(self) -> Any:
+                made, other = super()._hollow_vision(), super()._hollow_decoder()
+                bend(SimpleNamespace(vision=made[0], decoder=other[0], geometry=self.geometry, grid=self.grid))
+                return made
+
+            def _hollow_decoder(self) -> Any:
+                made, other = super()._hollow_decoder(), super()._hollow_vision()
+                bend(SimpleNamespace(vision=other[0], decoder=made[0], geometry=self.geometry, grid=self.grid))
+                return made
+
+        options, subject, scratch = self.subject.options, self.subject, self.folder / "scratch"
+        scratch.mkdir()
         made = Bent(subject.checkpoint, self.folder / "rebuilt", subject.mode, options.grid, options.context, "fp16", None,
-                    False, lambda step: None).run(dynamic=False, vision=True)
+                    False, scratch, lambda step: None).run(dynamic=False, vision=True)
         self.decoder, self.vision = made.decoder, made.vision
 
     def swap(self, bundle: Path, old: bytes, new: bytes) -> None:

@@ -141,6 +141,9 @@ class Bench:
         folder = Path(tempfile.mkdtemp(prefix=f"{fault.id}-", dir=self.work))
         try:
             self._try(fault, result, folder)
+        except Exception as error:  # a fault that cannot be switched on counts as missed, and does not end the run
+            result.outcome = "ERROR" if fault.equivalent else "PASS"
+            result.reason = f"could not be switched on: {type(error).__name__}: {error}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             gc.collect()  # a suspect and its loop hold each other; uncollected, the graphs of many trials pile up
