@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from harness.cases import FrozenInputs
     from harness.engines import Request
     from harness.engines.program import Program
+    from harness.engines.replay.angles import Angles
     from harness.host import Preprocessing
     from harness.engines.torch_graph import TorchGraph
     from harness.graph.contract import HostInputs
@@ -264,6 +265,13 @@ class Subject:
         if self.vision_bundle is None:
             raise Undecided("no vision bundle was given, so its weights cannot be audited", fix="give --vision-bundle")
         return tuple(read_constants(bundle.asset) for bundle in (self.bundle, self.vision_bundle))
+
+    def rotations(self) -> Angles:
+        """What the program turns queries and keys by. Raises HarnessError where it does not show that."""
+        from harness.engines.replay.angles import Angles
+        from harness.engines.replay.program import read_program
+
+        return Angles(read_program(self.bundle.asset, check=False).main)
 
     @property
     def mode(self) -> str:

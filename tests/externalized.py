@@ -13,11 +13,29 @@ from coreai_torch.externalize import ExternalizeSpec
 from torch.export import Dim
 
 from harness.checkpoint import Checkpoint
+from harness.export.hollow import linears
 from harness.export.program import DECODER_INPUTS, DECODER_STATES
-from harness.export.quantizer import quantize, widen
-from harness.graph.norms import RMSNorm
-from harness.graph.quantize import RECIPES, planned_weights
-from harness.graph.reference import build_towers
+from harness.export.quantizer import Widened, quantize_linears, stored
+from harness.graph.decoder import Decoder
+from harness.graph.norms import RMSNorm, cast_weights
+from harness.graph.quantize import RECIPES, Recipe, planned_weights
+from harness.graph.reference import TEXT, build_towers, checkpoint_name
+
+
+def _quantize(decoder: Decoder, recipe: Recipe) -> None:
+    for name, linear in list(linears(decoder)):
+        scheme = recipe.scheme(checkpoint_name(TEXT, f"{name}.weight"))
+        if scheme:
+            quantize_linears([linear], scheme)
+
+
+def _widened(decoder: Decoder) -> Decoder:
+    """Float32 activations and plain weights; codes and scales as they are."""
+    for name, linear in list(linears(decoder)):
+        if stored(linear) is not None:
+            parent, _, attribute = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), attribute, Widened(linear))
+    return cast_weights(decoder, torch.float32)
 
 
 def save_externalized(checkpoint: Checkpoint, path: Path, mode: str, *, grid: tuple[int, int], context: int,
@@ -26,8 +44,8 @@ def save_externalized(checkpoint: Checkpoint, path: Path, mode: str, *, grid: tu
     recipe, geometry = RECIPES[mode], checkpoint.geometry
     _, decoder = build_towers(recipe.geometry(geometry), grid,
                               {name: weight for name, weight, _ in planned_weights(checkpoint, recipe)})
-    quantize(decoder, recipe)
-    decoder = widen(decoder) if activations == "fp32" else decoder
+    _quantize(decoder, recipe)
+    decoder = _widened(decoder) if activations == "fp32" else decoder
     dtype = torch.float32 if activations == "fp32" else torch.float16
     cache = (geometry.layers, 1, geometry.kv_heads, context, geometry.head_dim)
     rows = decoder.slots, decoder.deepstack * decoder.slots

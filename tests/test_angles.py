@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from small_bundle import GRID, Small, small_bundle
 
-from harness.engines.replay import program as programs
 from harness.engines.replay.angles import Angles
 from harness.engines.replay.program import Constant, Function, Program, read_program
 from harness.errors import HarnessError
@@ -29,11 +28,10 @@ def program(small: Small) -> Program:
     return read_program(small.decoder)
 
 
-def judged(small: Small, monkeypatch: pytest.MonkeyPatch, program: Program):
+def judged(small: Small, program: Program):
     """The verdict on a program."""
-    monkeypatch.setattr(programs, "read_program", lambda asset, check: program)
-    subject = SimpleNamespace(geometry=small.checkpoint.geometry, bundle=SimpleNamespace(asset=small.decoder),
-                              options=SimpleNamespace(grid=GRID))
+    subject = SimpleNamespace(geometry=small.checkpoint.geometry, options=SimpleNamespace(grid=GRID),
+                              bundle=SimpleNamespace(max_context_length=None), rotations=lambda: Angles(program.main))
     return angles(subject, "constants")
 
 
@@ -51,8 +49,8 @@ def changed(program: Program, name: str, number: int, value: int | None = None, 
 
 
 @pytest.mark.parametrize("kind", ["decoder", "dynamic"])
-def test_ours_are_right_at_every_place(small: Small, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    verdict = judged(small, monkeypatch, read_program(getattr(small, kind)))
+def test_ours_are_right_at_every_place(small: Small, kind: str) -> None:
+    verdict = judged(small, read_program(getattr(small, kind)))
     assert (verdict.outcome, verdict.value) == (Outcome.PASS, 0)
     assert verdict.reason == f"{4 * 48 * 32} angles as the contract says"
 
@@ -60,27 +58,27 @@ def test_ours_are_right_at_every_place(small: Small, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("op", "number", "value", "conversation"), [
     ("broadcasting_floor_divide", 0, 2, "an image first"), ("broadcasting_maximum", 0, 1, "an image first"),
     ("broadcasting_sub", 2, 511, "an image first")])
-def test_a_wrong_integer_is_counted_and_placed(small: Small, program: Program, monkeypatch: pytest.MonkeyPatch, op: str,
+def test_a_wrong_integer_is_counted_and_placed(small: Small, program: Program, op: str,
                                                number: int, value: int, conversation: str) -> None:
     """Another width of the grid, another first slot, another vocabulary."""
-    verdict = judged(small, monkeypatch, changed(program, op, number, value))
+    verdict = judged(small, changed(program, op, number, value))
     assert verdict.outcome is Outcome.FAIL
     assert verdict.value > 0
     assert f"the first with {conversation} at place" in verdict.reason
 
 
-def test_a_shift_that_begins_one_token_late(small: Small, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shift_that_begins_one_token_late(small: Small, program: Program) -> None:
     """start > place negated is place >= start; without the negation it is another comparison."""
     function = program.main
     compare = next(node for node in function.nodes if node.op == "broadcasting_greater")
     turned = changed(program, "broadcasting_greater", 0, operands=compare.operands[::-1])
-    verdict = judged(small, monkeypatch, turned)
+    verdict = judged(small, turned)
     assert verdict.outcome is Outcome.FAIL
     assert "where" in verdict.reason
 
 
-def test_what_shows_no_angles_is_said(small: Small, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = judged(small, monkeypatch, changed(program, "cos", 0, op="tan"))
+def test_what_shows_no_angles_is_said(small: Small, program: Program) -> None:
+    verdict = judged(small, changed(program, "cos", 0, op="tan"))
     assert (verdict.outcome, verdict.reason) == (Outcome.SKIP, "the program shows no single cosine and sine")
 
 

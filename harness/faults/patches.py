@@ -29,7 +29,7 @@ def _bake(graph: Reference, image: torch.Tensor) -> None:
     graph.vision.positions.data = image[0][:, place[:, 0], place[:, 1]].T.contiguous()
 
 
-@fault("graph", "vision", EMBED, source="V01")
+@fault("graph", "contract|vision", EMBED, source="V01")
 def corners_not_aligned_downwards(graph: Reference) -> None:
     """positions resampled without aligned corners along the rows only"""
     rows, columns = graph.grid
@@ -37,7 +37,7 @@ def corners_not_aligned_downwards(graph: Reference) -> None:
     _bake(graph, F.interpolate(across, (rows, columns), mode="bilinear"))
 
 
-@fault("graph", "vision", EMBED, source="V01")
+@fault("graph", "contract|vision", EMBED, source="V01")
 def positions_of_the_nearest(graph: Reference) -> None:
     """positions taken from the nearest row of the table"""
     rows, columns = graph.grid
@@ -46,19 +46,19 @@ def positions_of_the_nearest(graph: Reference) -> None:
     _bake(graph, _table(graph)[:, :, pick[0], pick[1]])
 
 
-@fault("graph", "vision", EMBED, source="V12")
+@fault("graph", "contract|vision", EMBED, source="V12")
 def interpolation_in_half(graph: Reference) -> None:
     """positions interpolated in fp16"""
     graph.vision.positions.data = graph.vision.positions.data.half().float()
 
 
-@fault("graph", "vision", EMBED, source="W13")
+@fault("graph", "contract|vision", EMBED, source="W13")
 def last_position_repeats(graph: Reference) -> None:
     """the last patch takes the position of the patch before it"""
     graph.vision.positions.data[-1] = graph.vision.positions.data[-2].clone()
 
 
-@fault("graph", "vision", EMBED, source="V03")
+@fault("graph", "contract|vision", EMBED, source="V03")
 def positions_transposed_where_not_square(graph: Reference) -> None:
     """positions baked for columns x rows where the grid is not square"""
     rows, columns = graph.grid
@@ -67,7 +67,7 @@ def positions_transposed_where_not_square(graph: Reference) -> None:
         _bake(graph, image.reshape(1, -1, rows, columns))
 
 
-@fault("graph", "vision", EMBED)
+@fault("graph", "contract|vision", EMBED)
 def positions_upside_down(graph: Reference) -> None:
     """the learned table read from its last row"""
     image = F.interpolate(_table(graph).flip(2), graph.grid, mode="bilinear", align_corners=True)
@@ -133,7 +133,7 @@ def keys_not_turned_in_one_block(graph: Reference) -> None:
     attention.forward = forward
 
 
-@fault("graph", "vision", EMBED, source="V06")
+@fault("graph", "contract|vision", EMBED, source="V06")
 def blue_patch_transposed(graph: Reference) -> None:
     """x and y of a patch exchanged in one colour"""
     geometry = graph.geometry
@@ -147,7 +147,7 @@ def blue_patch_transposed(graph: Reference) -> None:
     wrap(graph.vision.patch_embed, "forward", around)
 
 
-@fault("graph", "vision", EMBED, source="V12")
+@fault("graph", "contract|vision", EMBED, source="V12")
 def patches_in_bfloat16(graph: Reference) -> None:
     """patches rounded to bfloat16 before they are embedded"""
     wrap(graph.vision.patch_embed, "forward", lambda plain, patches: plain(patches.bfloat16().float()))

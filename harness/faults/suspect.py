@@ -112,6 +112,10 @@ class Suspect(Subject):
             raise Undecided("no bundle is under test")
         return self.tables.programs()
 
+    def rotations(self) -> Any:
+        """Tables hold no program: a healthy one turns by what our graph computes."""
+        return _Rotations(self.healthy) if self.tables is not None else super().rotations()
+
     def twin(self, grid: tuple[int, int]) -> Reference:
         """The twin, of the model under test where that is bent."""
         if self.model is None:
@@ -127,6 +131,21 @@ class Suspect(Subject):
         """Take another model's weights for the twin; nothing that was computed with the old ones is kept."""
         self.model = weights
         self.memory = {key: value for key, value in self.memory.items() if key[0] == "recorded"}
+
+
+class _Rotations:
+    """Stands for `harness.engines.replay.angles.Angles`."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._decoder = subject.twin(subject.options.grid).decoder
+        self.slots, self.context = self._decoder.slots, subject.options.context
+
+    def of(self, ids: np.ndarray, shift_start: int, shift_amount: int) -> np.ndarray:
+        """ids [S] -> angles [S, lanes] float32."""
+        rope, place = self._decoder.rope, torch.arange(len(ids), dtype=torch.int32)
+        start, amount = (torch.tensor([value], dtype=torch.int32) for value in (shift_start, shift_amount))
+        planes = rope.planes(torch.from_numpy(ids), place, start, amount).float()
+        return (planes[rope.axis.long()].T * rope.inv_freq).numpy()
 
 
 class Standing:

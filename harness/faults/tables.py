@@ -53,13 +53,19 @@ class Table:
         """One use, at the tensor's place in the order of computation."""
         return (SimpleNamespace(at=self.at, op="broadcasting_batch_matmul", writes=0),)
 
-    def rows(self) -> np.ndarray:
-        """scale * (codes - offset), each product rounded to fp16 once."""
+    def rows(self, start: int = 0, stop: int | None = None, columns: int | None = None) -> np.ndarray:
+        """scale * (codes - offset), each product rounded to fp16 once; see `harness.tables.Table`."""
         if self.codes is None:
-            return self.plain
+            return self.plain[start:stop, :columns] if self.plain.ndim > 1 else self.plain[start:stop]
         block = self.codes.shape[1] // self.scale.shape[1]
-        scale, offset = (np.repeat(part, block, axis=1) for part in (self.scale, self.offset))
-        return scale * (self.codes.astype(np.float16) - offset.astype(np.float16))
+        scale, offset = (np.repeat(part[start:stop], block, axis=1) for part in (self.scale, self.offset))
+        return (scale * (self.codes[start:stop].astype(np.float16) - offset.astype(np.float16)))[:, :columns]
+
+    def digits(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Codes and scales of these rows, where no offset moves them."""
+        if self.codes is None or self.offset.any():
+            return None
+        return self.codes[start:stop], self.scale[start:stop]
 
 
 @dataclass

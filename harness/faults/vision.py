@@ -27,33 +27,33 @@ def _ordered(graph: Reference, image: torch.Tensor) -> torch.Tensor:
     return image[0][:, place[:, 0], place[:, 1]].T.contiguous()
 
 
-@fault("graph", "vision", EMBED, source="V01")
+@fault("graph", "contract|vision", EMBED, source="V01")
 def corners_not_aligned(graph: Reference) -> None:
     """positions resampled with align_corners=False"""
     graph.vision.positions.data = _ordered(graph, F.interpolate(_table(graph), graph.grid, mode="bilinear"))
 
 
-@fault("graph", "vision", EMBED)
+@fault("graph", "contract|vision", EMBED)
 def positions_resampled_bicubic(graph: Reference) -> None:
     """positions resampled by cubic convolution"""
     graph.vision.positions.data = _ordered(graph, F.interpolate(_table(graph), graph.grid, mode="bicubic",
                                                                 align_corners=True))
 
 
-@fault("graph", "vision", EMBED, source="V03")
+@fault("graph", "contract|vision", EMBED, source="V03")
 def positions_in_raster_order(graph: Reference) -> None:
     """positions row by row where the tower works block by block"""
     image = F.interpolate(_table(graph), graph.grid, mode="bilinear", align_corners=True)
     graph.vision.positions.data = image[0].flatten(1).T.contiguous()
 
 
-@fault("graph", "vision", EMBED, source="V12")
+@fault("graph", "contract|vision", EMBED, source="V12")
 def learned_positions_in_bfloat16(graph: Reference) -> None:
     """interpolated positions rounded to bfloat16"""
     graph.vision.positions.data = graph.vision.positions.data.bfloat16().float()
 
 
-@fault("graph", "vision", EMBED)
+@fault("graph", "contract|vision", EMBED)
 def positions_transposed(graph: Reference) -> None:
     """the learned table read with rows and columns exchanged"""
     image = F.interpolate(_table(graph).transpose(2, 3), graph.grid, mode="bilinear", align_corners=True)
@@ -99,7 +99,7 @@ def _turn_by(graph: Reference, place: torch.Tensor, theta: float = 1e4) -> None:
     graph.vision.cos, graph.vision.sin = angles.cos(), angles.sin()
 
 
-@fault("graph", "vision", EMBED, source="V06")
+@fault("graph", "contract|vision", EMBED, source="V06")
 def patch_channels_last(graph: Reference) -> None:
     """patch features taken as (time, y, x, colour)"""
     geometry = graph.geometry
@@ -108,7 +108,7 @@ def patch_channels_last(graph: Reference) -> None:
          lambda plain, patches: plain(patches.reshape(shape).permute(0, 4, 1, 2, 3).reshape(patches.shape)))
 
 
-@fault("graph", "vision", EMBED)
+@fault("graph", "contract|vision", EMBED)
 def colours_reversed(graph: Reference) -> None:
     """blue, green, red inside the tower"""
     geometry = graph.geometry
@@ -152,7 +152,7 @@ def fused_projection_by_head(graph: Reference) -> None:
     wrap(attention.qkv, "forward", lambda plain, x: plain(x).reshape(-1, heads, 3, size).transpose(1, 2).flatten(1))
 
 
-@fault("graph", "vision", EMBED, source="V15")
+@fault("graph", "contract|vision", EMBED, source="V15")
 def embedding_normalised_first(graph: Reference) -> None:
     """patch embeddings scaled before the positions are added"""
     wrap(graph.vision.patch_embed, "forward", lambda plain, patches: plain(patches) * 1.02)

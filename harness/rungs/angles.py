@@ -23,20 +23,18 @@ NEAR = 2.0**-20
 
 def angles(subject: Subject, case: str) -> Verdict:
     """One verdict: how many (token, lane) angles are those of another position."""
-    from harness.engines.replay.angles import Angles
-    from harness.engines.replay.program import read_program
     from harness.graph.norms import inverse_frequencies
 
-    geometry, function = subject.geometry, read_program(subject.bundle.asset, check=False).main
+    geometry = subject.geometry
     try:
-        made = Angles(function)
+        made = subject.rotations()
     except HarnessError as error:
         return Verdict("weights", case, SEAM, Outcome.SKIP, f"the program {error.what}")
     lanes = geometry.head_dim // 2
     axis = rope_axis(geometry.mrope_section, lanes)
     frequencies = inverse_frequencies(geometry.rope_theta, lanes).numpy()
     total, wrong, first = 0, 0, ""
-    for name, ids, start, amount, width in _conversations(subject, function):
+    for name, ids, start, amount, width in _conversations(subject, made):
         planes = positions(ids, geometry.vocab, start, amount, width)
         want = planes.astype(np.float32)[axis].T * frequencies
         found = made.of(ids, start, amount)
@@ -54,11 +52,9 @@ def angles(subject: Subject, case: str) -> Verdict:
     return Verdict("weights", case, SEAM, Outcome.FAIL if wrong else Outcome.PASS, reason, "mismatches", float(wrong), 0.0)
 
 
-def _conversations(subject: Subject, function: Any) -> Iterator[tuple[str, np.ndarray, int, int, int]]:
+def _conversations(subject: Subject, made: Any) -> Iterator[tuple[str, np.ndarray, int, int, int]]:
     """Name, ids over the whole context, shift start and amount, and columns of the image."""
-    slots = next((value.shape[0] for value in function.inputs if value.name == "image_embeds"), 0)
-    cache = next(value for value in function.states if value.name == "keyCache")
-    context = cache.shape[3] or subject.bundle.max_context_length
+    slots, context = made.slots, made.context or subject.bundle.max_context_length
     rows, columns = (side // subject.geometry.merge for side in subject.options.grid)
     text = np.zeros(context, dtype=np.int32)
     yield "text alone", text, NO_SHIFT, 0, columns

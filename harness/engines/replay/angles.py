@@ -20,12 +20,14 @@ from harness.errors import HarnessError
 
 
 class Angles:
-    """Of a decoder. Raises HarnessError where its program shows no such part, or one that rests on more than ids, places
+    """Of a decoder; slots: rows of its image, context: slots of its cache, None where left open. Raises HarnessError where its program shows no such part, or one that rests on more than ids, places
     and the shift."""
 
     def __init__(self, function: Function) -> None:
         flow = Flow(function)
         value = _angles(flow)
+        self.slots = next((one.shape[0] for one in function.inputs if one.name == "image_embeds"), 0)
+        self.context = next(one for one in function.states if one.name == "keyCache").shape[3]
         inputs = tuple(one for one in function.inputs if one.name in flow.of(value))
         strange = flow.of(value) - {one.name for one in function.inputs}
         if strange or "position_ids" not in {one.name for one in inputs}:
