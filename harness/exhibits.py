@@ -130,8 +130,9 @@ def tensor_rows(verdicts: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def bounds_digest(bounds: Bounds) -> str:
-    """Digest of what judges graph and bundle; replay's rows belong to another engine."""
-    return digest_of([row for row in bounds.record() if not row["engine"].startswith("replay")])
+    """Digest of the limits that judge graph and bundle; replay's belong to another engine."""
+    return digest_of([{name: row[name] for name in ("rung", "metric", "limit", "seams", "engine")}
+                      for row in bounds.record() if not row["engine"].startswith("replay")])
 
 
 def power_rows(subject: Subject, path: Path = POWER) -> list[dict[str, Any]]:
