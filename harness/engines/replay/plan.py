@@ -61,7 +61,8 @@ class Block:
 class Plan:
     """kinds: by value id. sizes: host values by id. tables: transposed matrices by id. scalars: name -> (value, axis) of
     lengths read from tensors. in_place: see `states`. silent: `at` of nodes that become no line, being folded or part of
-    a table. norms: by the `at` of their last operation; picks: lists of rows by the `at` of a gather. fixed: nodes that run at load; blocks: the others, in the order they run."""
+    a table. norms: by the `at` of their last operation; picks: lists of rows by the `at` of a gather. fixed: nodes that run
+    at load; blocks: the others, in the order they run."""
 
     function: Function
     kinds: dict[int, Kind] = field(default_factory=dict)
