@@ -1,10 +1,13 @@
 """Activations on their way to the store: written by a thread of its own while the model goes on.
 
-From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy.
+From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy. Parts share
+slabs of one size, which are used again once nobody holds an array in them, for pinning memory takes milliseconds; and a slab
+is handed over as a whole: waking the thread for each part takes the interpreter away from the model's launches.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +20,37 @@ from torch import Tensor
 from harness.oracle.hooks import to_numpy
 from harness.store import CaseWriter
 
-PENDING, PENDING_GPU = 4, 128
-"""Parts that may wait for the disk; then the model waits. A GPU is far ahead of any disk, and its host has memory."""
+PENDING = 4
+"""Hand-overs that may wait for the disk; then the model waits."""
+SLAB, PENDING_SLABS = 1 << 25, 32
+"""Bytes of pinned memory in a slab, and how many may wait: a GPU is far ahead of any disk, and its host has memory."""
+
+
+class _Slab:
+    """Pinned memory and the parts that are copied into it; `values` are held until the copies are done.
+
+    pool: where the memory goes when the last array in it is gone.
+    """
+
+    def __init__(self, count: int, pool: list[Tensor]) -> None:
+        fits = count <= SLAB // 4
+        self.memory = pool.pop() if fits and pool else pinned(max(count, SLAB // 4))
+        self.whole = self.memory.numpy()  # the base of every array that is given out
+        if fits:
+            weakref.finalize(self.whole, pool.append, self.memory).atexit = False
+        self.used, self.parts, self.values, self.copied = 0, [], [], None
+
+    def take(self, value: Tensor) -> np.ndarray:
+        """A view of the memory that `value` is being copied to, on the current stream."""
+        part = slice(self.used, self.used + value.numel())
+        self.used = part.stop
+        self.memory[part].view(value.shape).copy_(value, non_blocking=True)
+        return self.whole[part].reshape(value.shape)
+
+
+def pinned(count: int) -> Tensor:
+    """Page-locked host memory, float32."""
+    return torch.empty(count, dtype=torch.float32, pin_memory=True)
 
 
 class Drain:
@@ -27,17 +59,23 @@ class Drain:
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._sent, self._pending = deque[Future](), PENDING if self._side is None else PENDING_GPU
+        self._sent, self._pending = deque[Future](), PENDING if self._side is None else PENDING_SLABS
+        self._slab: _Slab | None = None
+        self._pool: list[Tensor] = []
 
     def put(self, out: CaseWriter, name: str, values: Mapping[str, Tensor], key: str) -> None:
         """Write a part in the order given; the values must not change any more."""
         while self._sent and (len(self._sent) >= self._pending or self._sent[0].done()):
             self._sent.popleft().result()
-        arrays, event = self._fetch(values)
-        self._sent.append(self._worker.submit(_write, out, name, arrays, key, event))
+        if self._side is not None:
+            self._copy(out, name, values, key)
+            return
+        arrays = {seam: to_numpy(value) for seam, value in values.items()}
+        self._sent.append(self._worker.submit(out.part, name, arrays, key))
 
     def flush(self) -> None:
         """Wait until all is on the disk."""
+        self._hand_over()
         while self._sent:
             self._sent.popleft().result()
 
@@ -45,24 +83,33 @@ class Drain:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(wait=True)
+        try:
+            self._hand_over()
+        finally:
+            self._worker.shutdown(wait=True)
 
-    def _fetch(self, values: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], Any]:
-        """Arrays, and what to wait for before they are whole, which also holds what is still being copied."""
-        if self._side is None:
-            return {name: to_numpy(value) for name, value in values.items()}, None
+    def _copy(self, out: CaseWriter, name: str, values: Mapping[str, Tensor], key: str) -> None:
+        count = sum(value.numel() for value in values.values())
+        if self._slab is not None and self._slab.used + count > self._slab.memory.numel():
+            self._hand_over()
+        if self._slab is None:
+            self._slab = _Slab(count, self._pool)
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        pinned = torch.empty(sum(value.numel() for value in values.values()), dtype=torch.float32, pin_memory=True)
-        arrays, start = {}, 0
         with torch.cuda.stream(self._side):
-            for name, value in values.items():
-                target = pinned[start:start + value.numel()].view(value.shape)
-                target.copy_(value, non_blocking=True)
-                arrays[name], start = target.numpy(), start + value.numel()
-            return arrays, (self._side.record_event(), values)
+            arrays = {seam: self._slab.take(value) for seam, value in values.items()}
+        self._slab.values.append(values)
+        self._slab.parts.append((out, name, arrays, key))
+
+    def _hand_over(self) -> None:
+        """The slab that is being filled goes to the thread."""
+        slab, self._slab = self._slab, None
+        if slab is not None:
+            slab.copied = self._side.record_event()
+            self._sent.append(self._worker.submit(_write, slab))
 
 
-def _write(out: CaseWriter, name: str, arrays: Mapping[str, np.ndarray], key: str, copied: Any) -> None:
-    if copied is not None:
-        copied[0].synchronize()
-    out.part(name, arrays, key)
+def _write(slab: _Slab) -> None:
+    slab.copied.synchronize()
+    slab.values.clear()
+    for out, name, arrays, key in slab.parts:
+        out.part(name, arrays, key)

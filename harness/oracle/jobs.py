@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,9 @@ class Bench:
         return next(stage for stage in self.stages if call.module in stage.modules)
 
 
-def seams_of(stage: Stage, seams: Sequence[str], geometry: Geometry) -> list[str]:
-    """Those of `seams` that a stage's part holds, in order."""
-    tower, _, number = stage.name.partition(".")
+def seams_of(name: str, seams: Sequence[str], geometry: Geometry) -> list[str]:
+    """Those of `seams` that the part of a stage holds, in order."""
+    tower, _, number = name.partition(".")
     if tower == "norm":
         return [seam for seam in seams if seam == "decoder.norm"]
     if tower == "logits":
@@ -63,11 +64,16 @@ def seams_of(stage: Stage, seams: Sequence[str], geometry: Geometry) -> list[str
 
 def tensors_of(stage: Stage, seams: Sequence[str], geometry: Geometry) -> list[str]:
     """Names of the tensors in a stage's part."""
-    tower, _, number = stage.name.partition(".")
+    return list(_tensors_of(stage.name, tuple(seams), geometry))
+
+
+@lru_cache(1024)  # a GPU waits while a forward begins
+def _tensors_of(name: str, seams: tuple[str, ...], geometry: Geometry) -> list[str]:
+    tower, _, number = name.partition(".")
     if tower == "logits":
-        return [stage.name]
+        return [name]
     cache = [f"kv.keys.{number}", f"kv.values.{number}"] if tower == "decoder" else []
-    return seams_of(stage, seams, geometry) + cache
+    return seams_of(name, seams, geometry) + cache
 
 
 class Whole:

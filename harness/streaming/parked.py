@@ -42,7 +42,10 @@ class Parked:
         self._error: BaseException | None = None
         self._value: Any = None
         self._abandoned = False
-        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        # Locks that are handed over: a semaphore is Python code, and between two of them a GPU runs dry.
+        self._turn, self._back = threading.Lock(), threading.Lock()
+        self._turn.acquire()
+        self._back.acquire()
         self._thread = threading.Thread(target=self._run, args=(run,), name="forward", daemon=True)
         self._thread.start()
         self.go(None)  # to its first wait

@@ -20,6 +20,7 @@ import numpy as np
 from harness.engines.replay.folding import constant_sizes, fold
 from harness.engines.replay.fusing import Norm, find_norms
 from harness.engines.replay.ops import KNOWN, STATES, TABLE
+from harness.engines.replay.picking import find_picks
 from harness.engines.replay.program import Function, Node, Value
 from harness.engines.replay.rules import unsigned
 from harness.engines.replay.sizes import Size, names
@@ -60,13 +61,15 @@ class Block:
 class Plan:
     """kinds: by value id. sizes: host values by id. tables: transposed matrices by id. scalars: name -> (value, axis) of
     lengths read from tensors. in_place: see `states`. silent: `at` of nodes that become no line, being folded or part of
-    a table. norms: by the `at` of their last operation. fixed: nodes that run at load; blocks: the others, in the order they run."""
+    a table. norms: by the `at` of their last operation; picks: lists of rows by the `at` of a gather. fixed: nodes that run
+    at load; blocks: the others, in the order they run."""
 
     function: Function
     kinds: dict[int, Kind] = field(default_factory=dict)
     sizes: dict[int, np.ndarray] = field(default_factory=dict)
     tables: dict[int, Table] = field(default_factory=dict)
     norms: dict[int, Norm] = field(default_factory=dict)
+    picks: dict[int, Value] = field(default_factory=dict)
     scalars: dict[str, tuple[Value, int]] = field(default_factory=dict)
     in_place: dict[int, Value] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
@@ -76,8 +79,10 @@ class Plan:
     blocks: list[Block] = field(default_factory=list)
 
     def taken(self, node: Node) -> tuple[Value, ...]:
-        """Operands; of a fused norm, what all of it takes."""
-        norm = self.norms.get(node.at)
+        """Operands; of a fused norm, what all of it takes; of a gather by a list, the list."""
+        norm, rows = self.norms.get(node.at), self.picks.get(node.at)
+        if rows is not None:
+            return node.operands[0], rows, node.operands[2]
         return (norm.x, norm.weight) if norm else node.operands
 
     def needs(self, node: Node) -> list[Value]:
@@ -108,6 +113,8 @@ def plan(function: Function, steps: Mapping[str, Kind] | None = None, kept: Iter
         made.kinds[value.id] = Kind.LISTED if steps else Kind.SHARED
     _fold_sizes(made)
     _find_tables(made, kept)
+    made.picks, idle = find_picks(made, kept)
+    made.silent |= idle
     if fuse:
         made.norms = find_norms(function, kept)
         made.silent |= {at for norm in made.norms.values() for at in norm.nodes}

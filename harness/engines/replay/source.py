@@ -154,6 +154,8 @@ class Writer:
                             for value in node.results)
         if (norm := self.plan.norms.get(node.at)) is not None:
             return f"{targets} = A.rms_norm({self.text(norm.x)}, {self.text(norm.weight)}, {norm.eps!r})"
+        if (rows := self.plan.picks.get(node.at)) is not None:
+            return f"{targets} = {emit.text(0)}.index_select({emit.axis(2)}, {self.text(rows)}.reshape(-1))"
         table = node.op in PRODUCTS and node.operands[1].id in self.plan.tables
         made = f"linear(A, {emit.spread(0)}, W[{node.operands[1].id}])" if table else TABLE[node.op].write(emit)
         return f"{targets} = {made}"
