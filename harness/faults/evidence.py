@@ -127,7 +127,7 @@ def oracle_rounded_and_signed(evidence: Evidence) -> None:
 @fault("evidence", "verify", "oracle", source="G03")
 def oracle_bytes_changed(evidence: Evidence) -> None:
     """a byte of a recorded activation changed on disk"""
-    path = evidence.part("decoder.00.safetensors")
+    path = evidence.activations(".safetensors")
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
@@ -145,4 +145,4 @@ def prompt_changed_since(evidence: Evidence) -> None:
 @fault("evidence", "verify", "oracle", source="G15")
 def oracle_half_recorded(evidence: Evidence) -> None:
     """one case of the oracle lacks its activations"""
-    evidence.part("decoder.00.json").unlink()
+    evidence.activations(".json").unlink()

@@ -175,7 +175,7 @@ def certificate_without_a_digest(evidence: Evidence) -> None:
     """the certificate no longer binds the verdicts"""
     path = evidence.folder / "certificate.json"
     held = json.loads(path.read_text(encoding="utf-8"))
-    held["digests"].pop("verdicts")
+    held["chain"] = [link for link in held["chain"] if link["name"] != "verdicts"]
     path.write_text(json.dumps(held), encoding="utf-8")
 
 

@@ -55,6 +55,10 @@ class Evidence:
         """A file of the copied case."""
         return self.oracle / "cases" / self.case / name
 
+    def activations(self, suffix: str) -> Path:
+        """A file of the first part that holds the decoder's values, whatever the store calls it."""
+        return min(path for path in self.part("").glob(f"decoder*{suffix}"))
+
     def retouch(self, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
         """Change the recorded arrays and sign them again."""
         found = Oracle.open(self.oracle).case(self.case)
