@@ -15,15 +15,16 @@ from harness import __version__
 from harness.cases import Case, FrozenInputs
 from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
+from harness.oracle import drafting
 from harness.oracle.drain import Drain
 from harness.oracle.hooks import Inside, SeamHooks, wanted_seams
 from harness.oracle.inputs import freeze
 from harness.oracle.jobs import Bench
-from harness.oracle.lanes import Lane
+from harness.oracle.lanes import NONE, OWN, Lane
 from harness.oracle.model import load_model, one_line, true_fp32
 from harness.oracle.plan import CONTEXT, DEFAULT, plan
 from harness.oracle.resident import Resident
-from harness.oracle.rollout import greedy
+from harness.oracle.rollout import best_of, greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
 from harness.store import Identity, Oracle, OracleWriter
 from harness.streaming.parked import parking
@@ -44,7 +45,7 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
 
     inside: layers whose inner seams are recorded too. memory: bytes that may be held at once (default: 4 GiB; on a GPU,
     what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map).
-    drafts: saves passes. Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
+    drafts: of the tokens, saves passes; where none is given the model makes its own, if it can cheaply. Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
     when nothing is to be done. All inputs are frozen first, so that a bad case is known before the work. `say` is told
     the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
@@ -61,8 +62,9 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
             with ExitStack() as held, _gpu_errors():
                 bench, source = _set_up(checkpoint, lanes, device, attention, inside, memory, held, say)
                 _guess(lanes, bench, source)
+                dtype = _narrow(lanes, bench, source, say)
                 real = held.enter_context(parking(module for stage in bench.stages for module in stage.modules))
-                _passes(lanes, bench, source, real, tell)
+                _passes(lanes, bench, source, real, dtype, tell)
         tell("done", len(pending), len(pending))
     return Oracle.open(Path(out_dir), checkpoint.digest)
 
@@ -135,19 +137,38 @@ def _read_rows(table: torch.nn.Module, reader: WeightReader) -> None:
 
 def _guess(lanes: Sequence[Lane], bench: Bench, source: Source) -> None:
     """Where all weights are in memory, decoding is cheap: its tokens are the draft of a case that has none."""
-    wanting = [lane for lane in lanes if lane.passes == 0 and not lane.drafted] if source.keep else []
-    if not wanting:
+    wanting = [lane for lane in lanes if lane.passes == 0 and (lane.draft == NONE or lane.known < lane.case.decode)]
+    if not wanting or not source.keep:
         return
-    head = source.place_all(bench.stages)
+    choose = best_of(source.place_all(bench.stages), bench.geometry.image_token)
     bench.hooks.into(None)
     for lane in wanting:
-        lane.tokens = np.array(greedy(bench.model, head, lane.inputs, lane.case.decode, bench.device), dtype=np.int32)
+        lane.draft = OWN
+        lane.guess(greedy(bench.model, choose, lane.inputs, [], lane.case.decode, bench.device))
 
 
-def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, tell: Progress) -> None:
+def _narrow(lanes: Sequence[Lane], bench: Bench, source: Source, say: Callable[[str], None]) -> torch.dtype | None:
+    """Where weights are streamed: the 16-bit dtype that drafts are made in, or None, having said why."""
+    if source.keep:
+        return None
+    dtype = drafting.stored_in(source.reader, bench.stages)
+    reason = drafting.why_not(dtype, bench.device)
+    for lane in lanes:
+        lane.guesses = not reason
+        if not reason and lane.passes == 0 and lane.draft == NONE:
+            lane.draft, lane.known = OWN, 0
+    if any(lane.draft == NONE for lane in lanes):
+        say(f"no draft: {reason or 'an earlier run began without'}; from its first wrong token on, a case takes a pass a token")
+    return None if reason else dtype
+
+
+def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, dtype: torch.dtype | None, tell: Progress) -> None:
     number = 0
     while lanes:
         number += 1
+        wanting = [lane for lane in lanes if lane.open]
+        if wanting:
+            drafting.draft(wanting, bench, source, dtype, real, tell)
         try:
             for lane in lanes:
                 lane.begin(bench)

@@ -86,12 +86,19 @@ class WeightReader:
             if not same:
                 raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._entry(name).dtype
+
     def fill(self, name: str, target: Tensor, first: int = 0) -> None:
-        """Rows first.. of a tensor into `target` (float32, on the CPU, contiguous, as many rows as it has)."""
+        """Rows first.. of a tensor into `target` (on the CPU, contiguous, as many rows as it has), widened to its dtype."""
         entry = self._entry(name)
         row = int(np.prod(entry.shape[1:], dtype=np.int64))
         size = entry.dtype.itemsize
         flat, place, end = target.view(-1), entry.offset + first * row * size, target.numel()
+        if target.dtype == entry.dtype:
+            self._read_into(entry, place, memoryview(flat.view(torch.uint8).numpy()))
+            return
         for start in range(0, end, BUFFER // size):
             values = self._read(entry, place + start * size, min(BUFFER // size, end - start))
             for piece in range(0, len(values), PIECE):
@@ -121,6 +128,10 @@ class WeightReader:
         if buffer is None:
             buffer = self._local.buffer = torch.empty(BUFFER, dtype=torch.uint8)
         view = memoryview(buffer.numpy())[:count * entry.dtype.itemsize]
+        self._read_into(entry, offset, view)
+        return buffer[:len(view)].view(entry.dtype)
+
+    def _read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             try:
@@ -131,5 +142,4 @@ class WeightReader:
                 raise HarnessError("ends before its header says: truncated while it was read", where=entry.path,
                                    fix="download the shard again and run the same command to go on")
             done += got
-        return buffer[:len(view)].view(entry.dtype)
 

@@ -44,6 +44,12 @@ class Streamed:
         self._done: dict[int, torch.cuda.Event] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def narrow(self, dtype: torch.dtype) -> Streamed:
+        """A source of the same stages, matrices in a 16-bit dtype, vectors in float32, in this one's slots: use one at a time."""
+        found = Streamed(self.reader, self.device, 0, 0, False)
+        found._slots = [slot.view(dtype) for slot in self._slots]
+        return found
+
     def stages(self, wanted: Sequence[Stage]) -> Iterator[tuple[Stage, list[Tensor]]]:
         """See `Source`. Raises HarnessError where the files fail or change."""
         count = max(1, len(self._slots) or 2)
@@ -77,11 +83,13 @@ class Streamed:
         flat = torch.empty(stage.elements, dtype=torch.float32, device=self.device) if self.keep else self._slot(number)
         tensors, start = [], 0
         for place in stage.places:
-            size = aligned(place.shape)
-            target = flat[start:start + torch.Size(place.shape).numel()].view(place.shape)
+            dtype = flat.dtype if len(place.shape) > 1 else torch.float32
+            wide = dtype.itemsize // flat.dtype.itemsize  # elements of the slot that one of the tensor takes
+            end = start + wide * torch.Size(place.shape).numel()
+            target = flat[start:end].view(dtype).view(place.shape)
             self._fill(place.tensor, target, stage.rows[0] if stage.rows else 0)
             tensors.append(target)
-            start += size
+            start += wide * aligned(place.shape)
         if self.keep:
             self._kept[stage.name] = tensors
         return tensors
