@@ -12,8 +12,10 @@ import torch
 from random_models import write_checkpoint
 from recorded import CASES, DECODE, IMAGE, TEXT
 
+from harness import drafts
 from harness.cases import Case, Turn
 from harness.checkpoint import Checkpoint
+from harness.errors import HarnessError
 from harness.oracle import drafting, record, recording, stages
 from harness.oracle.plan import Plan
 from harness.store import Oracle
@@ -171,3 +173,19 @@ def test_a_draft_that_is_given_wins(one, tmp_path: Path, drafted) -> None:
     given = {"image": oracle.case("image").rollout.tokens.tolist()}
     found = record(checkpoint, [IMAGE], tmp_path / "o", inside="all", drafts=given, progress=killed_at("draft", 0, told))
     assert found.case("image").facts == oracle.case("image").facts | {"draft": "given", "passes": 1}
+
+
+@pytest.mark.parametrize("text, found", [
+    ('{"a": [1, 2]}', {"a": [1, 2]}),
+    ('{"tokens": [{"case": "a", "steps": [{"engine": 4, "python": 5}, {"engine": null, "python": 6}, {"python": null}]}]}',
+     {"a": [4, 6]})])
+def test_drafts_are_read(tmp_path: Path, text: str, found: dict) -> None:
+    (tmp_path / "d.json").write_text(text)
+    assert drafts.read(tmp_path / "d.json") == found
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', '{"a": ["x"]}', '{"a": [-1]}', '{"a": [true]}', "{"])
+def test_what_is_no_draft(tmp_path: Path, text: str) -> None:
+    (tmp_path / "d.json").write_text(text)
+    with pytest.raises(HarnessError, match="d.json"):
+        drafts.read(tmp_path / "d.json")

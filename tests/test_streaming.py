@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from random_models import write_checkpoint
 from recorded import CASES, IMAGE, TEXT, checkpoint, model, oracle  # noqa: F401
 
-from harness import drafts
 from harness.checkpoint import Checkpoint
 from harness.cli import main, parser
 from harness.errors import HarnessError
@@ -197,6 +197,25 @@ def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, one, tmp
     assert again.case("text").digest == oracle.case("text").digest
 
 
+def test_the_digest_is_computed_beside_the_first_pass(one, tmp_path: Path) -> None:
+    checkpoint, waits, told = Checkpoint(one[0].root), threading.Event(), []
+    compute = checkpoint._compute_digest
+
+    def late(promise) -> None:
+        waits.wait()
+        compute(promise)
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.append(what)
+        if what == "pass 1: logits.000":
+            assert not (tmp_path / "o" / "manifest.json").exists()
+            waits.set()
+
+    checkpoint._compute_digest = late
+    assert record(checkpoint, CASES, tmp_path / "o", inside="all", progress=tell).digest == one[1].digest
+    assert told[-1] == "done"
+
+
 def test_reader_gives_the_tensors_and_their_rows(checkpoint: Checkpoint) -> None:
     with WeightReader(checkpoint) as reader:
         for name, tensor in checkpoint.tensors():
@@ -246,22 +265,6 @@ def test_a_forward_that_waits_is_the_forward() -> None:
         with pytest.raises(ZeroDivisionError):
             Parked(lambda: 1 / 0)
     assert torch.equal(layers[0](x), torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
-
-
-@pytest.mark.parametrize("text, found", [
-    ('{"a": [1, 2]}', {"a": [1, 2]}),
-    ('{"tokens": [{"case": "a", "steps": [{"engine": 4, "python": 5}, {"engine": null, "python": 6}, {"python": null}]}]}',
-     {"a": [4, 6]})])
-def test_drafts_are_read(tmp_path: Path, text: str, found: dict) -> None:
-    (tmp_path / "d.json").write_text(text)
-    assert drafts.read(tmp_path / "d.json") == found
-
-
-@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', '{"a": ["x"]}', '{"a": [-1]}', '{"a": [true]}', "{"])
-def test_what_is_no_draft(tmp_path: Path, text: str) -> None:
-    (tmp_path / "d.json").write_text(text)
-    with pytest.raises(HarnessError, match="d.json"):
-        drafts.read(tmp_path / "d.json")
 
 
 def test_a_draft_of_another_vocabulary_is_only_a_wrong_one(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path) -> None:

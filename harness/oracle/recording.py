@@ -13,7 +13,7 @@ import transformers
 
 from harness import __version__
 from harness.cases import Case, FrozenInputs
-from harness.checkpoint import Checkpoint
+from harness.checkpoint import Checkpoint, stamp
 from harness.errors import HarnessError
 from harness.oracle import drafting
 from harness.oracle.drain import Drain
@@ -28,7 +28,7 @@ from harness.oracle.rollout import best_of, greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
 from harness.store import Identity, Oracle, OracleWriter
 from harness.streaming.parked import parking
-from harness.streaming.reading import WeightReader
+from harness.streaming.reading import WeightReader, unchanged
 from harness.streaming.weights import Source, Streamed
 
 KV = ("kv.keys", "kv.values")
@@ -51,7 +51,9 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
     """
     tell = progress or (lambda what, done, total: None)
-    with OracleWriter(Path(out_dir), identity(checkpoint, device, attention)) as out:
+    checkpoint.digest_soon()  # it is computed beside the work: of 17.5 GB it takes as long as a third of the recording
+    with OracleWriter(Path(out_dir), identity(checkpoint, device, attention), lambda: _digest(checkpoint),
+                      _stamps(checkpoint)) as out:
         pending = [case for case in cases
                    if not out.complete(case, (*wanted_seams(checkpoint.geometry, inside, bool(case.images)), *KV))]
         tell("freezing inputs", 0, len(pending))
@@ -64,19 +66,35 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
                 _guess(lanes, bench, source)
                 dtype = _narrow(lanes, bench, source, say)
                 real = held.enter_context(parking(module for stage in bench.stages for module in stage.modules))
-                _passes(lanes, bench, source, real, dtype, tell)
+                _passes(lanes, bench, source, real, dtype, out.seal, tell)
         tell("done", len(pending), len(pending))
     return Oracle.open(Path(out_dir), checkpoint.digest)
 
 
 def identity(checkpoint: Checkpoint, device: str, attention: str) -> Identity:
-    """What the oracle is recorded from, and with; makes float32 true. Raises HarnessError for an absent device."""
+    """What the oracle is recorded from, and with, but for the digest; makes float32 true.
+
+    Raises HarnessError for an absent device.
+    """
     place = torch.device("cuda" if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise HarnessError("torch sees no CUDA device", where=device, fix="use --device cpu")
     name = f"{place.type}: {torch.cuda.get_device_name(place)}" if place.type == "cuda" else place.type
-    return Identity(checkpoint.name, checkpoint.revision, checkpoint.digest, checkpoint.geometry.record(), name,
+    return Identity(checkpoint.name, checkpoint.revision, "", checkpoint.geometry.record(), name,
                     attention, transformers.__version__, torch.__version__, __version__, true_fp32())
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """What the files look like of which the digest is taken; the time of the last change of anything included."""
+    paths = (checkpoint.root / "config.json", *checkpoint.files)
+    return {path.name: [*stamp(status), status.st_ctime_ns] for path in paths for status in [path.stat()]}
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Of the bytes that were read: they had not changed when it was known."""
+    digest = checkpoint.digest
+    unchanged(checkpoint)
+    return digest
 
 
 def _lane(checkpoint: Checkpoint, case: Case, inputs: FrozenInputs, out: OracleWriter, inside: Inside,
@@ -162,7 +180,8 @@ def _narrow(lanes: Sequence[Lane], bench: Bench, source: Source, say: Callable[[
     return None if reason else dtype
 
 
-def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, dtype: torch.dtype | None, tell: Progress) -> None:
+def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, dtype: torch.dtype | None,
+            seal: Callable[[], None], tell: Progress) -> None:
     number = 0
     while lanes:
         number += 1
@@ -179,6 +198,7 @@ def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, dtype: t
                     for lane in lanes:
                         lane.run(stage, tensors, real)
             bench.drain.flush()
+            seal()
             lanes = [lane for lane in lanes if not lane.judge()]
         finally:
             for lane in lanes:

@@ -25,7 +25,7 @@ BUFFER = 4 << 20
 """Bytes read at a time."""
 PIECE = 1 << 15
 """Values widened at a time: torch does not start threads for fewer, which would fight those that compute."""
-_CHANGED = "run the command again; what was recorded of another checkpoint is refused"
+_CHANGED = "run the command again; what was recorded of another checkpoint is not used"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+
+
+def unchanged(checkpoint: Checkpoint) -> None:
+    """Raises HarnessError where a shard was changed since the checkpoint was opened: its digest is of other bytes."""
+    for path, known in checkpoint.stamps.items():
+        try:
+            same = stamp(os.stat(path)) == known
+        except OSError:
+            same = False
+        if not same:
+            raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
 
 
 class WeightReader:
@@ -58,7 +69,7 @@ class WeightReader:
                 self._entries[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
                                             base + entry["data_offsets"][0])
             self._handles[path] = os.open(path, os.O_RDONLY)
-        self._stamps = checkpoint.stamps
+        self._checkpoint = checkpoint
 
     def close(self) -> None:
         """Let go of the files."""
@@ -77,14 +88,8 @@ class WeightReader:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def check(self) -> None:
-        """Raises HarnessError where a shard was changed since the checkpoint was opened: its digest is of other bytes."""
-        for path, known in self._stamps.items():
-            try:
-                same = stamp(os.stat(path)) == known
-            except OSError:
-                same = False
-            if not same:
-                raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
+        """See `unchanged`."""
+        unchanged(self._checkpoint)
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor is stored in."""
