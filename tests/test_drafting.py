@@ -152,7 +152,13 @@ def test_stored_values_without_widening(one) -> None:
         held = stages.stages_of(stages.skeleton(checkpoint, "sdpa"), checkpoint.geometry, reader.shapes())
         source = Streamed(reader, torch.device("cpu"), 2, max(stage.elements for stage in held), False)
         assert drafting.stored_in(reader, held) == torch.bfloat16
-        for stage, tensors in source.narrow(torch.bfloat16).stages(held):
+        source.spare = 2 * held[5].elements + (1 << 12)
+        narrow, again = source.narrow(torch.bfloat16, held[5:]), []
+        for stage, tensors in [*narrow.stages(held), *narrow.stages(held)]:
+            again += [tensors] if stage is held[5] else []
+            assert len(narrow._kept) <= 2, "no more than there is room for"
+        assert again[0] is again[1]
+        for stage, tensors in narrow.stages(held):
             for place, tensor in zip(stage.places, tensors):
                 stored = checkpoint.tensor(place.tensor)
                 assert tensor.dtype == (torch.bfloat16 if stored.ndim > 1 else torch.float32)

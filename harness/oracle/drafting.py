@@ -75,7 +75,8 @@ def draft(lanes: Sequence[Lane], bench: Bench, source: Streamed, dtype: torch.dt
 
     with parking([head]), torch.autocast(bench.device.type, dtype=dtype):
         forwards = [Parked(_decoding(lane, guess, choose, bench)) for lane, guess in zip(lanes, guesses)]
-        sweep(forwards, bench.stages, [head], source.narrow(dtype), real, after)
+        again = [stage for stage in bench.stages if not stage.name.startswith("vision.")]
+        sweep(forwards, bench.stages, [head], source.narrow(dtype, again), real, after)
 
 
 def _decoding(lane: Lane, guess: list[int], choose: Callable[[Tensor], int], bench: Bench) -> Callable[[], list[int]]:

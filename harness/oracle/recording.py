@@ -121,7 +121,8 @@ def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attentio
         made = plan(geometry, stages, [(lane.inputs, lane.case.decode) for lane in lanes], room, inside is not None,
                     *([] if place.type == "cpu" else [CONTEXT]))
         say(made.describe())
-        source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep)
+        source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep,
+                          made.memory - made.total)
         _read_rows(model.model.language_model.embed_tokens, reader)
     seams = wanted_seams(geometry, inside, any(lane.inputs.patches is not None for lane in lanes))
     hooks = held.enter_context(SeamHooks(model, geometry, seams))
