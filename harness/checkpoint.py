@@ -191,7 +191,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def digest_files(root: Path, names: list[str], each: dict[str, str] | None = None) -> str:
     """sha256 over (name, length, bytes) of the files, sorted by name; read in blocks. `each` is given every file's own."""
-    total, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))  # one buffer: fresh ones cost as much as hashing them
+    total, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))  # fresh ones cost a tenth
     for name in sorted(names):
         path = root / name
         total.update(f"{name}\0{path.stat().st_size}\0".encode())
