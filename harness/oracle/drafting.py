@@ -4,7 +4,8 @@ The model's own modules decode one token a step for all cases together. Their ma
 in: half the bytes, nothing widened, and products that are many times faster than float32's where the processor has them.
 By autocast, the residual stream and the norms stay float32; the few largest logits are computed again from float32 rows of
 the head, because rounding to bfloat16 alone makes ties of them. What comes out is a guess and no more: it decides how many
-passes are made, never what is recorded.
+passes are made and nothing else, except that of two tokens which the reference itself cannot tell apart (a tie, recorded as
+such) the guessed one stays, as with a draft that is given.
 """
 
 from __future__ import annotations
