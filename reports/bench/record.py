@@ -1,11 +1,12 @@
 """Recording at full geometry beside what people do today, each in a process of its own; results as JSON.
 
-    python reports/bench/record.py CHECKPOINT OUT.json [--runs rates,plain,accelerate,undrafted,drafted] [--memory 3GiB]
+    python reports/bench/record.py CHECKPOINT OUT.json [--runs rates,plain,generate,undrafted,drafted] [--memory 3GiB]
     python reports/bench/record.py CHECKPOINT OUT.json --runs undrafted,drafted --cases 8 --kind text --decode 2
 
 plain: Hugging Face's model loaded whole in float32, one forward of the same prompt and tokens (needs four times the
 checkpoint's bytes twice over, so not the 8B on a small machine). accelerate: the same with a device map that offloads to
-disk, at a limit of 2 GiB. undrafted: `harness record` of the case, from the command to the finished oracle, where nobody
+disk, at a limit of 2 GiB. generate: loaded whole, 24 greedy tokens by cached decoding, which is what someone without a
+draft has to do before that forward. undrafted: `harness record` of the case, from the command to the finished oracle, where nobody
 has a draft of its tokens: it makes its own. drafted: the same with the tokens that `undrafted` found as a draft. rates:
 what bounds them: float32 products at the row counts of these runs, reading, widening. One case is `scene-211` (211
 tokens, 196 of them image); --kind text: prompts of some 20 tokens, where reading the weights is the limit.
@@ -86,8 +87,8 @@ def _timed(call) -> float:
     return time.perf_counter() - started
 
 
-def plain(root: Path, tokens: list[int], offload: str | None) -> dict[str, float]:
-    """Load with Hugging Face, run one forward of prompt + tokens."""
+def plain(root: Path, tokens: list[int], offload: str | None, decode: bool = False) -> dict[str, float]:
+    """Load with Hugging Face, run one forward of prompt + tokens; or decode as many tokens."""
     from harness.cases import load_cases
     from harness.checkpoint import Checkpoint
     from harness.oracle import forward, freeze, load_model, true_fp32
@@ -111,6 +112,11 @@ def plain(root: Path, tokens: list[int], offload: str | None) -> dict[str, float
 
         with torch.no_grad():
             model(**arguments(inputs, tokens, torch.device("cpu")))
+    elif decode:
+        from harness.oracle.rollout import best_of, greedy
+
+        choose = best_of([model.lm_head.weight], checkpoint.geometry.image_token)
+        greedy(model, choose, inputs, [], len(tokens), model.lm_head.weight.device)
     else:
         forward(model, inputs, tokens)
     return {"load_s": round(loaded - started, 2), "forward_s": round(time.perf_counter() - loaded, 2)}
@@ -162,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--runs", default="rates,plain,accelerate,undrafted,drafted")
+    parser.add_argument("--runs", default="rates,plain,accelerate,generate,undrafted,drafted")
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--cases", type=int, default=1)
     parser.add_argument("--kind", choices=("image", "text"), default="image", help="of the cases (default: image)")
@@ -178,7 +184,7 @@ def main() -> None:
     held["machine"], held["checkpoint"] = machine(), given.checkpoint.name
     with tempfile.TemporaryDirectory(prefix="bench-", dir=given.out.parent) as scratch:
         for name in given.runs.split(","):
-            whole = name in ("rates", "plain", "accelerate")
+            whole = name in ("rates", "plain", "accelerate", "generate")
             found = baseline(given, name, draft) if whole else recording(given, name, draft, Path(scratch), held["runs"])
             held["runs"][name if whole else f"{name}-{given.kind}-{given.cases}"] = found
             given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
@@ -213,7 +219,8 @@ def child(given: argparse.Namespace, tokens: list[int]) -> None:
         print(json.dumps(rates(given.checkpoint)))
         return
     with tempfile.TemporaryDirectory(prefix="offload-", dir=given.out.parent) as folder:
-        print(json.dumps(plain(given.checkpoint, tokens, folder if given.child == "accelerate" else None)))
+        print(json.dumps(plain(given.checkpoint, tokens, folder if given.child == "accelerate" else None,
+                               given.child == "generate")))
 
 
 def keep_draft(folder: Path, draft: Path) -> None:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 
-WHAT = {"undrafted": "ours, no draft given", "drafted": "ours, draft given", "plain": "plain Hugging Face",
+WHAT = {"undrafted": "ours, no draft given", "drafted": "ours, draft given", "plain": "plain Hugging Face, one forward",
+        "generate": "plain Hugging Face, 24 tokens decoded",
         "accelerate": "accelerate, 2 GiB, rest on disk"}
 
 
