@@ -41,8 +41,8 @@ class Checkpoint:
             self.config = read_json(self.root / "config.json")
             self.geometry = Geometry.from_config(self.config)
             self._files = self._index()
-        self.stamps = {path: stamp(path.stat()) for path in self.files}
-        """What each weight file looked like when the checkpoint was opened."""
+        self.stamps = {path: stamp(path.stat()) for path in (self.root / "config.json", *self.files)}
+        """What each file that the digest covers looked like when the checkpoint was opened."""
 
     @property
     def name(self) -> str:

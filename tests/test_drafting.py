@@ -133,7 +133,8 @@ def test_eight_cases_read_each_weight_once_a_pass(one, tmp_path: Path, monkeypat
     into = WeightReader._read_into
     monkeypatch.setattr(WeightReader, "_read_into",
                         lambda reader, entry, offset, view: (read.append(len(view)), into(reader, entry, offset, view))[1])
-    eight = [Case(f"c{number}", "w", (Turn("user", f"Number {number}.", f"noise:64x64:{number}"),), 3) for number in range(8)]
+    eight = [Case(f"c{number}", "w", (Turn("user", f"Number {number}.", f"noise:64x64:{number}"),), 3)
+             for number in range(8)]
     first = record(checkpoint, eight, tmp_path / "first")
     guess = {name: first.case(name).rollout.tokens.tolist() for name in first.cases}
     sizes = []

@@ -45,7 +45,8 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
 
     inside: layers whose inner seams are recorded too. memory: bytes that may be held at once (default: 4 GiB; on a GPU,
     what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map).
-    drafts: of the tokens, saves passes; where none is given the model makes its own, if it can cheaply. Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
+    drafts: of the tokens, saves passes; where none is given the model makes its own, if it can cheaply.
+    Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
     when nothing is to be done. All inputs are frozen first, so that a bad case is known before the work. `say` is told
     the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
@@ -86,8 +87,7 @@ def identity(checkpoint: Checkpoint, device: str, attention: str) -> Identity:
 
 def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """What the files look like of which the digest is taken; the time of the last change of anything included."""
-    paths = (checkpoint.root / "config.json", *checkpoint.files)
-    return {path.name: [*stamp(status), status.st_ctime_ns] for path in paths for status in [path.stat()]}
+    return {path.name: [*stamp(status), status.st_ctime_ns] for path in checkpoint.stamps for status in [path.stat()]}
 
 
 def _digest(checkpoint: Checkpoint) -> str:
@@ -177,7 +177,7 @@ def _narrow(lanes: Sequence[Lane], bench: Bench, source: Source, say: Callable[[
         if not reason and lane.passes == 0 and lane.draft == NONE:
             lane.draft, lane.known = OWN, 0
     if any(lane.draft == NONE for lane in lanes):
-        say(f"no draft: {reason or 'an earlier run began without'}; from its first wrong token on, a case takes a pass a token")
+        say(f"no draft: {reason or 'an earlier run began without'}; each token that is not guessed right takes a pass")
     return None if reason else dtype
 
 

@@ -39,7 +39,7 @@ class Entry:
 
 
 def unchanged(checkpoint: Checkpoint) -> None:
-    """Raises HarnessError where a shard was changed since the checkpoint was opened: its digest is of other bytes."""
+    """Raises HarnessError where a file was changed since the checkpoint was opened: its digest is of other bytes."""
     for path, known in checkpoint.stamps.items():
         try:
             same = stamp(os.stat(path)) == known

@@ -48,7 +48,7 @@ class Streamed:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def narrow(self, dtype: torch.dtype, again: Sequence[Stage]) -> Streamed:
-        """A source of the same stages, matrices in a 16-bit dtype, vectors in float32, in this one's slots: use one at a time.
+        """The same stages, matrices in a 16-bit dtype and vectors in float32, in this one's slots: use one at a time.
 
         again: stages that are asked for over and over; as many of them as there is spare memory for stay once read.
         """

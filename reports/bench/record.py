@@ -3,13 +3,13 @@
     python reports/bench/record.py CHECKPOINT OUT.json [--runs rates,plain,generate,undrafted,drafted] [--memory 3GiB]
     python reports/bench/record.py CHECKPOINT OUT.json --runs undrafted,drafted --cases 8 --kind text --decode 2
 
-plain: Hugging Face's model loaded whole in float32, one forward of the same prompt and tokens (needs four times the
-checkpoint's bytes twice over, so not the 8B on a small machine). accelerate: the same with a device map that offloads to
-disk, at a limit of 2 GiB. generate: loaded whole, 24 greedy tokens by cached decoding, which is what someone without a
-draft has to do before that forward. undrafted: `harness record` of the case, from the command to the finished oracle, where nobody
-has a draft of its tokens: it makes its own. drafted: the same with the tokens that `undrafted` found as a draft. rates:
-what bounds them: float32 products at the row counts of these runs, reading, widening. One case is `scene-211` (211
-tokens, 196 of them image); --kind text: prompts of some 20 tokens, where reading the weights is the limit.
+plain: Hugging Face's model loaded whole in float32, one forward of the same prompt and tokens (not for the 8B on a small
+machine). accelerate: the same with a device map that offloads to disk, at a limit of 2 GiB. generate: loaded whole, 24
+greedy tokens by cached decoding, which is what someone without a draft has to do before that forward. undrafted: `harness
+record` of the case, from the command to the finished oracle, where nobody has a draft of its tokens: it makes its own.
+drafted: the same with the tokens that `undrafted` found as a draft. rates: what bounds them: float32 products at the row
+counts of these runs, reading, widening. One case is `scene-211` (211 tokens, 196 of them image); --kind text: prompts of
+some 20 tokens, where reading the weights is the limit.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ def _row(name: str, run: dict, bases: dict) -> str:
               for base in ("plain", "accelerate")]
     bound = f"{run['wall_s'] / run['bound']['bound_s']:.2f}" if "bound" in run else ""
     memory = f"{run['peak_rss_gib'] / bases['plain']['peak_rss_gib']:.2f}" if "plain" in bases and alone else ""
+    label = WHAT.get(what, what) + (", its own made" if draft == "own" else "")
     return "| " + " | ".join([
-        WHAT.get(what, what) + (", its own made" if draft == "own" else ""), f"{count} {run.get('kind', 'image')}",
-        str(passes), f"{run['wall_s']:.1f}", f"{run['cpu_s']:.1f}", *ratios, bound, f"{run['peak_rss_gib']:.2f}", memory,
-        f"{run['peak_anon_gib']:.2f}"]) + " |"
+        label, f"{count} {run.get('kind', 'image')}", str(passes), f"{run['wall_s']:.1f}", f"{run['cpu_s']:.1f}", *ratios,
+        bound, f"{run['peak_rss_gib']:.2f}", memory, f"{run['peak_anon_gib']:.2f}"]) + " |"
 
 
 def main() -> None:
