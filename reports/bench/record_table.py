@@ -49,7 +49,7 @@ def main() -> None:
               f"{machine['transformers']}. " + ", ".join(f"{name} {value:.2f}" for name, value in rates.items()) + ".\n")
         print(f"{held['checkpoint']}:\n\n| run | cases | float32 passes | wall s | processor s | x plain | x accelerate | "
               "x bound | peak resident GiB | x plain's | anonymous GiB |\n|" + "---|" * 11)
-        print("\n".join(rows(held)) + "\n")
+        print("\n".join([*rows(held), ""]) + (f"\n{held['note']}\n" if "note" in held else ""))
 
 
 if __name__ == "__main__":
