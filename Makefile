@@ -15,7 +15,7 @@ demo: $(STAMP)
 test: $(STAMP) $(OLDER)/.installed
 	$(VENV)/bin/python -m pytest tests
 	PYTHONPATH=$(OLDER) $(VENV)/bin/python -m pytest tests/test_oracle.py tests/test_hooks.py \
-		tests/test_contract.py tests/test_streaming.py
+		tests/test_contract.py tests/test_streaming.py tests/test_drafting.py
 
 # torch is pinned to the newest release that the converter is validated with.
 $(STAMP): pyproject.toml

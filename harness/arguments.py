@@ -82,7 +82,8 @@ def record(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=_size, metavar="SIZE",
         help="memory that may be held at once, for example 3GiB (default: 4GiB, or a GPU's own)")
     add("--draft", type=Path, metavar="JSON",
-        help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes")
+        help="tokens by case that are likely right: {case: [ids]}, or the run.json of a report; saves passes, and the time "
+             "that the model takes to make a draft of its own")
     add("--inside", metavar="LAYERS", help="also record the inside of layers: all, or numbers such as 0,1,5")
 
 

@@ -41,8 +41,8 @@ class Checkpoint:
             self.config = read_json(self.root / "config.json")
             self.geometry = Geometry.from_config(self.config)
             self._files = self._index()
-        self.stamps = {path: stamp(path.stat()) for path in self.files}
-        """What each weight file looked like when the checkpoint was opened."""
+        self.stamps = {path: stamp(path.stat()) for path in (self.root / "config.json", *self.files)}
+        """What each file that the digest covers looked like when the checkpoint was opened."""
 
     @property
     def name(self) -> str:
@@ -191,16 +191,16 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def digest_files(root: Path, names: list[str], each: dict[str, str] | None = None) -> str:
     """sha256 over (name, length, bytes) of the files, sorted by name; read in blocks. `each` is given every file's own."""
-    total = hashlib.sha256()
+    total, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))  # fresh ones cost a tenth
     for name in sorted(names):
         path = root / name
         total.update(f"{name}\0{path.stat().st_size}\0".encode())
         single = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                total.update(block)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total.update(buffer[:count])
                 if each is not None:
-                    single.update(block)
+                    single.update(buffer[:count])
         if each is not None:
             each[name] = single.hexdigest()
     return total.hexdigest()

@@ -15,9 +15,9 @@ def record(arguments: argparse.Namespace, subject: Subject) -> int:
     """`harness record`."""
     checkpoint, cases = subject.checkpoint, list(subject.cases.values())
     checkpoint.digest_soon()  # beside the imports
-    from harness import drafts
+    from harness.drafts import read
 
-    given = drafts.read(arguments.draft) if arguments.draft else None
+    given = read(arguments.draft) if arguments.draft else None
     from harness import oracle as oracles  # heavy, so what can be refused is refused before
     from harness.subject import recorded_folder
     from harness.terminal import Screen
@@ -29,8 +29,11 @@ def record(arguments: argparse.Namespace, subject: Subject) -> int:
             checkpoint, cases, folder, device=arguments.device, inside=inside, memory=arguments.memory, drafts=given,
             progress=lambda what, done, total: screen.step(what.partition(":")[0], done, total),
             say=lambda text: print(text, flush=True))
-    passes = max(oracle.case(name).facts.get("passes", 1) for name in oracle.cases)
-    print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder} with {passes} passes over the weights, "
+    facts = [oracle.case(name).facts for name in oracle.cases]
+    drafts = {"own": " behind a draft of its own", "given": " behind the draft given"}
+    drafted = drafts.get(facts[0].get("draft"), "") if len({fact.get("draft") for fact in facts}) == 1 else ""
+    print(f"{len(oracle.cases)} cases of {checkpoint.name} recorded in {folder} with "
+          f"{max(fact.get('passes', 1) for fact in facts)} passes over the weights in float32{drafted}, "
           f"digest {oracle.digest[:12]}")
     return ExitCode.PASS
 

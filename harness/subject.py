@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -360,7 +360,7 @@ def recorded_folder(checkpoint: Checkpoint, device: str = "cpu") -> Path:
     from harness.oracle.recording import identity
     from harness.store.identity import digest
 
-    made_with = identity(checkpoint, device, "sdpa")
+    made_with = replace(identity(checkpoint, device, "sdpa"), checkpoint_digest=checkpoint.digest)
     return RECORDED / f"{checkpoint.name}-{digest(made_with.record())[:12]}"
 
 

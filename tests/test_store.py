@@ -145,6 +145,42 @@ def test_no_oracle_and_an_empty_one(tmp_path: Path) -> None:
         Oracle.open(tmp_path)
 
 
+def begin(folder: Path, digest: str = "d" * 64, **stamps: int) -> OracleWriter:
+    return OracleWriter(folder, replace(IDENTITY, checkpoint_digest=""), lambda: digest, stamps)
+
+
+def test_parts_before_the_digest_is_known(tmp_path: Path) -> None:
+    with begin(tmp_path, file=1) as out:
+        out.case(make_case()).part("decoder", arrays())
+    with pytest.raises(HarnessError, match="no whole case"):
+        Oracle.open(tmp_path)
+    with begin(tmp_path, file=1) as out:
+        assert out.case(make_case()).resume("decoder", arrays()), "a killed run goes on"
+    with begin(tmp_path, file=2) as out:
+        assert not out.case(make_case()).resume("decoder", arrays()), "of another file"
+        out.seal()
+        write_case(out, make_case())
+    assert Oracle.open(tmp_path, "d" * 64).identity == IDENTITY and not (tmp_path / "pending.json").exists()
+    begin(tmp_path, file=3).close()  # the digest decides from here on
+    with pytest.raises(HarnessError, match="checkpoint digest"):
+        begin(tmp_path, "e" * 64, file=2)
+
+
+def test_parts_of_nobody_knows_what_are_removed(oracle: Path) -> None:
+    (oracle / "manifest.json").unlink()
+    with begin(oracle, file=1):
+        assert not list(oracle.glob("cases/one/*"))
+
+
+def test_a_digest_that_fails_lets_go_of_the_directory(oracle: Path) -> None:
+    def fails() -> str:
+        raise HarnessError("the checkpoint changed")
+
+    with pytest.raises(HarnessError, match="changed"):
+        OracleWriter(oracle, IDENTITY, fails)
+    OracleWriter(oracle, IDENTITY).close()
+
+
 def test_another_checkpoint_is_refused(oracle: Path) -> None:
     with pytest.raises(HarnessError, match="oracle from another checkpoint revision"):
         Oracle.open(oracle, "e" * 64)

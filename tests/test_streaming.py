@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from random_models import write_checkpoint
 from recorded import CASES, IMAGE, TEXT, checkpoint, model, oracle  # noqa: F401
 
-from harness import drafts
 from harness.checkpoint import Checkpoint
 from harness.cli import main, parser
 from harness.errors import HarnessError
@@ -80,7 +80,7 @@ def test_a_right_draft_takes_one_pass_one_wrong_token_two(oracle: Oracle, checkp
                                                           two_slots) -> None:
     right = drafts_of(oracle)
     found = record(checkpoint, CASES, tmp_path / "right", inside="all", drafts=right)
-    assert found.digest == oracle.digest and passes(found) == {1} and found.case("text").facts["drafted"]
+    assert found.digest == oracle.digest and passes(found) == {1} and found.case("text").facts["draft"] == "given"
     wrong = {name: [*tokens[:2], (tokens[2] + 1) % 400, *tokens[3:]] for name, tokens in right.items()}
     found = record(checkpoint, CASES, tmp_path / "wrong", inside="all", drafts=wrong)
     assert found.digest == oracle.digest and passes(found) == {2}
@@ -124,14 +124,6 @@ def test_killed_at_each_stage_it_goes_on_there(one, tmp_path: Path, two_slots, s
     folder = found.path / "cases" / "image"
     assert {path.stem for path in folder.glob("*.json")} - {"case"} == {path.stem for path in folder.glob("*.safetensors")}
     assert not (folder / "note.json").exists() and not (folder / "chunk.json").exists()
-
-
-@pytest.mark.parametrize("steps", [12, 19, 23, 30])
-def test_killed_in_a_later_pass(one, tmp_path: Path, two_slots, steps: int) -> None:
-    checkpoint, oracle = one
-    with pytest.raises(Killed):
-        record(checkpoint, CASES, tmp_path / "o", inside="all", progress=killed_at(steps))
-    assert record(checkpoint, CASES, tmp_path / "o", inside="all").digest == oracle.digest
 
 
 def test_a_killed_process_loses_nothing_that_was_finished(one, tmp_path: Path) -> None:
@@ -205,6 +197,25 @@ def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, one, tmp
     assert again.case("text").digest == oracle.case("text").digest
 
 
+def test_the_digest_is_computed_beside_the_first_pass(one, tmp_path: Path) -> None:
+    checkpoint, waits, told = Checkpoint(one[0].root), threading.Event(), []
+    compute = checkpoint._compute_digest
+
+    def late(promise) -> None:
+        waits.wait()
+        compute(promise)
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.append(what)
+        if what == "pass 1: logits.000":
+            assert not (tmp_path / "o" / "manifest.json").exists()
+            waits.set()
+
+    checkpoint._compute_digest = late
+    assert record(checkpoint, CASES, tmp_path / "o", inside="all", progress=tell).digest == one[1].digest
+    assert told[-1] == "done"
+
+
 def test_reader_gives_the_tensors_and_their_rows(checkpoint: Checkpoint) -> None:
     with WeightReader(checkpoint) as reader:
         for name, tensor in checkpoint.tensors():
@@ -254,22 +265,6 @@ def test_a_forward_that_waits_is_the_forward() -> None:
         with pytest.raises(ZeroDivisionError):
             Parked(lambda: 1 / 0)
     assert torch.equal(layers[0](x), torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
-
-
-@pytest.mark.parametrize("text, found", [
-    ('{"a": [1, 2]}', {"a": [1, 2]}),
-    ('{"tokens": [{"case": "a", "steps": [{"engine": 4, "python": 5}, {"engine": null, "python": 6}, {"python": null}]}]}',
-     {"a": [4, 6]})])
-def test_drafts_are_read(tmp_path: Path, text: str, found: dict) -> None:
-    (tmp_path / "d.json").write_text(text)
-    assert drafts.read(tmp_path / "d.json") == found
-
-
-@pytest.mark.parametrize("text", ["[1]", '{"a": 1}', '{"a": ["x"]}', '{"a": [-1]}', '{"a": [true]}', "{"])
-def test_what_is_no_draft(tmp_path: Path, text: str) -> None:
-    (tmp_path / "d.json").write_text(text)
-    with pytest.raises(HarnessError, match="d.json"):
-        drafts.read(tmp_path / "d.json")
 
 
 def test_a_draft_of_another_vocabulary_is_only_a_wrong_one(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -168,12 +168,12 @@ class Whole:
 class Chunk:
     """The rows that choose tokens first.. n - 1, computed behind a cache: as `Whole` left it in this pass, or stored.
 
-    key: of the tokens that `Whole` of this pass is recorded for; then how far it came is kept, so that a killed run can go
-    on. `rows` [n - first, V] float32 when all is done.
+    key: of the pass and its tokens; how far it came is kept under it, so that a killed run can go on. `rows`
+    [n - first, V] float32 when all is done.
     """
 
     def __init__(self, bench: Bench, inputs: FrozenInputs, tokens: np.ndarray, first: int, out: CaseWriter,
-                 key: str | None) -> None:
+                 key: str) -> None:
         self.bench, self.out, self.key, self.first = bench, out, key, first
         self.past, self.cache, self._rows, self.level = inputs.length - 1 + first, DynamicCache(), [], -1
         if self.past:
@@ -187,7 +187,7 @@ class Chunk:
             self.forward.go(stream if layer == self.level else _blank(self.forward.at))
 
     def _resume(self) -> Tensor | None:
-        if self.key is None or not self.out.resume(CHUNK, ("level", "stream"), self.key):
+        if not self.out.resume(CHUNK, ("level", "stream"), self.key):
             return None
         held = self.out.read(CHUNK, ("level", "stream"))
         self.level = int(held["level"][0])
@@ -210,7 +210,7 @@ class Chunk:
         if stage.name.startswith("decoder."):
             layer = self.cache.layers[int(stage.name[8:])]
             layer.keys = layer.values = layer.keys[:, :, :0].clone()
-            if self.key is not None and self.forward.at is not None:
+            if self.forward.at is not None:
                 self._keep(int(stage.name[8:]))
 
     def _remember(self, number: int, stage: Stage, kv: tuple[Tensor, Tensor] | None) -> None:

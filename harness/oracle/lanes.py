@@ -17,18 +17,20 @@ from harness.cases import Case, FrozenInputs
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.jobs import Bench, Chunk, Whole
-from harness.oracle.rollout import Draft, extend_positions, mismatch, settle
+from harness.oracle.rollout import Draft, extend_positions, mismatch, refuse_images, settle
 from harness.store import CaseWriter
 from harness.store.identity import digest
 from harness.streaming.stages import Stage
 
 RECORD, REFINE = "record", "refine"
+GIVEN, OWN, NONE = "given", "own", "none"
 
 
 class Lane:
     """tokens [n] int32 as they are guessed now; settled: how many of them stand; phase; passes: over the weights, begun.
 
-    drafted: whether a draft was given.
+    draft: where the tokens came from at first (GIVEN, OWN, NONE). known: how many of `tokens` are chosen or guessed; a
+    lane that `guesses` is given the others by a draft of our own before its next pass.
     """
 
     def __init__(self, case: Case, inputs: FrozenInputs, seams: Sequence[str], out: CaseWriter, geometry: Geometry,
@@ -37,10 +39,11 @@ class Lane:
         if inputs.ids[-1] == geometry.image_token:
             raise HarnessError("the prompt ends with its image", where=case.name, fix="write a word behind it")
         state = out.noted() or {}
-        self.drafted = state.get("drafted", draft is not None)
+        self.draft = state.get("draft", NONE if draft is None else GIVEN)
+        self.guesses = False
         self.tokens = np.array(state.get("tokens", self._guess(draft)), dtype=np.int32)
         self.phase, self.passes = state.get("phase", RECORD), state.get("passes", 0)
-        self.settled = state.get("settled", 0)
+        self.settled, self.known = state.get("settled", 0), state.get("known", case.decode)
         self.whole: Whole | None = None
         self.chunk: Chunk | None = None
 
@@ -58,14 +61,29 @@ class Lane:
 
     def begin(self, bench: Bench) -> None:
         """Start the forwards of the next pass, and note what they are for."""
-        self.out.note({"tokens": self.tokens.tolist(), "phase": self.phase, "passes": self.passes, "settled": self.settled,
-                       "drafted": self.drafted})
+        self.note()
         self.passes += 1
         record = self.phase == RECORD
         self.whole = Whole(bench, self.inputs, self.tokens, self.seams, self.out, self.key) if record else None
         # Beside a recording, one step as decoding takes it says how much two ways of computing differ: the noise.
         first = len(self.tokens) - 1 if record else 0
-        self.chunk = Chunk(bench, self.inputs, self.tokens, first, self.out, self.key if record else None)
+        self.chunk = Chunk(bench, self.inputs, self.tokens, first, self.out, f"{self.phase} {self.key}")
+
+    @property
+    def open(self) -> bool:
+        """Whether tokens are to be guessed before the next pass."""
+        return self.guesses and self.known < self.case.decode
+
+    def guess(self, tokens: Sequence[int]) -> None:
+        """The first of the tokens as they are known so far; also kept for the next run."""
+        self.known = len(tokens)
+        self.tokens[:self.known] = tokens
+        self.note()
+
+    def note(self) -> None:
+        """Keep how far this has come, should the run be killed."""
+        self.out.note({"tokens": self.tokens.tolist(), "phase": self.phase, "passes": self.passes, "settled": self.settled,
+                       "draft": self.draft, "known": self.known})
 
     def needs(self, stage: Stage) -> bool:
         """Whether this pass wants a stage's weights."""
@@ -86,6 +104,7 @@ class Lane:
         for job in (self.whole, self.chunk):
             if job is not None:
                 job.forward.close()
+        self.whole = self.chunk = None
 
     def judge(self) -> bool:
         """After a pass: whether the case is finished; otherwise its tokens and phase are those of the next pass."""
@@ -108,13 +127,17 @@ class Lane:
     def _go_on(self, rows: np.ndarray, wrong: int | None) -> None:
         """Tokens and phase of the next pass, where the rows choose otherwise from step `wrong` on (None: nowhere)."""
         if wrong is None:
+            refuse_images(self.case.name, self.tokens, self.geometry.image_token)
             self.phase = RECORD
             return
-        # A draft may have one wrong token; then all of it but that one is right, and the next pass is the last.
-        hopeful = self.phase == RECORD and self.drafted and self.passes == 1 and self.geometry.image_token not in self.tokens
-        chosen, kept = rows.argmax(-1), wrong + 1 if hopeful else len(self.tokens)
-        self.tokens = np.concatenate([self.tokens[:wrong], chosen[wrong:kept], self.tokens[kept:]]).astype(np.int32)
-        self.phase = RECORD if hopeful else REFINE
+        # A draft that was given may have one wrong token; then all of it but that one is right, and the next pass is the
+        # last. Ours is made again from there; where none can be made, what the rows choose is the best guess.
+        again = self.phase == RECORD and self.draft != NONE and self.passes == 1
+        ours = self.guesses and not (again and self.draft == GIVEN)
+        kept = wrong + 1 if again or ours else len(self.tokens)
+        self.tokens = np.concatenate([self.tokens[:wrong], rows.argmax(-1)[wrong:kept], self.tokens[kept:]]).astype(np.int32)
+        self.known = wrong + 1 if ours else self.case.decode
+        self.phase = RECORD if again and self.geometry.image_token not in self.tokens else REFINE
 
     def _finish(self, rows: np.ndarray, other: np.ndarray) -> None:
         rollout, noise = settle(self.case.name, Draft(self.tokens, other), rows, self.geometry.image_token)
@@ -122,4 +145,4 @@ class Lane:
             "tokens": rollout.tokens, "margins": rollout.margins, "ties": np.array(rollout.ties, dtype=np.int32),
             "positions": extend_positions(self.inputs.positions, self.case.decode), "noise": np.array([noise])})
         self.out.finish({"prompt_tokens": self.inputs.length, "decoded": self.case.decode, "passes": self.passes,
-                         "drafted": self.drafted}, ["inputs", "rollout", *self.whole.parts])
+                         "draft": self.draft}, ["inputs", "rollout", *self.whole.parts])

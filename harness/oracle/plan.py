@@ -60,8 +60,9 @@ def plan(geometry: Geometry, stages: Sequence[Stage], cases: Sequence[tuple[Froz
             "streams of all cases": sum(_stream(geometry, inputs, decode) for inputs, decode in cases),
             "rows that choose the tokens": sum(4 * 4 * decode * geometry.vocab for _, decode in cases),
             "activations of one case in one stage": max(_inside(geometry, inputs, decode) for inputs, decode in cases),
-            "parts on their way to the disk":
-                PENDING * max(_part(geometry, inputs, decode, inside) for inputs, decode in cases)}
+            "parts on their way to the disk, or caches of a draft": max(
+                PENDING * max(_part(geometry, inputs, decode, inside) for inputs, decode in cases),
+                sum(_cache(geometry, inputs, decode) for inputs, decode in cases))}
     for name, size, slots, keep in (("all weights in float32", every, 0, True),
                                     ("weights of two stages in float32", 2 * largest, 2, False),
                                     ("weights of one stage in float32", largest, 1, False)):
@@ -106,6 +107,11 @@ def _inside(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:
         + 2 * geometry.vision_heads * patches**2
     rows = tokens * head_rows(geometry)
     return 4 * max(decoder, vision, rows)
+
+
+def _cache(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:
+    """Keys and values of all layers, which only decoding one token a step holds together."""
+    return 4 * 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * (inputs.length + decode)
 
 
 def _part(geometry: Geometry, inputs: FrozenInputs, decode: int, inside: bool) -> int:

@@ -13,21 +13,22 @@ import transformers
 
 from harness import __version__
 from harness.cases import Case, FrozenInputs
-from harness.checkpoint import Checkpoint
+from harness.checkpoint import Checkpoint, stamp
 from harness.errors import HarnessError
+from harness.oracle import drafting
 from harness.oracle.drain import Drain
 from harness.oracle.hooks import Inside, SeamHooks, wanted_seams
 from harness.oracle.inputs import freeze
 from harness.oracle.jobs import Bench
-from harness.oracle.lanes import Lane
+from harness.oracle.lanes import NONE, OWN, Lane
 from harness.oracle.model import load_model, one_line, true_fp32
 from harness.oracle.plan import CONTEXT, DEFAULT, plan
 from harness.oracle.resident import Resident
-from harness.oracle.rollout import greedy
+from harness.oracle.rollout import best_of, greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
 from harness.store import Identity, Oracle, OracleWriter
 from harness.streaming.parked import parking
-from harness.streaming.reading import WeightReader
+from harness.streaming.reading import WeightReader, unchanged
 from harness.streaming.weights import Source, Streamed
 
 KV = ("kv.keys", "kv.values")
@@ -44,13 +45,16 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
 
     inside: layers whose inner seams are recorded too. memory: bytes that may be held at once (default: 4 GiB; on a GPU,
     what is free there). device: cpu, cuda, or auto (spread over GPUs by Hugging Face's device map).
-    drafts: saves passes. Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
+    drafts: of the tokens, saves passes; where none is given the model makes its own, if it can cheaply.
+    Cases that are whole, of this definition and with the seams asked, are kept; no weight is read
     when nothing is to be done. All inputs are frozen first, so that a bad case is known before the work. `say` is told
     the plan. Raises HarnessError for a bad case or checkpoint, too little memory, another oracle
     in `out_dir`, a disk that is full; the same call then goes on behind the last stage that was finished.
     """
     tell = progress or (lambda what, done, total: None)
-    with OracleWriter(Path(out_dir), identity(checkpoint, device, attention)) as out:
+    checkpoint.digest_soon()  # it is computed beside the work: of 17.5 GB it takes as long as a third of the recording
+    with OracleWriter(Path(out_dir), identity(checkpoint, device, attention), lambda: _digest(checkpoint),
+                      _stamps(checkpoint)) as out:
         pending = [case for case in cases
                    if not out.complete(case, (*wanted_seams(checkpoint.geometry, inside, bool(case.images)), *KV))]
         tell("freezing inputs", 0, len(pending))
@@ -61,20 +65,36 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
             with ExitStack() as held, _gpu_errors():
                 bench, source = _set_up(checkpoint, lanes, device, attention, inside, memory, held, say)
                 _guess(lanes, bench, source)
+                dtype = _narrow(lanes, bench, source, say)
                 real = held.enter_context(parking(module for stage in bench.stages for module in stage.modules))
-                _passes(lanes, bench, source, real, tell)
+                _passes(lanes, bench, source, real, dtype, out.seal, tell)
         tell("done", len(pending), len(pending))
     return Oracle.open(Path(out_dir), checkpoint.digest)
 
 
 def identity(checkpoint: Checkpoint, device: str, attention: str) -> Identity:
-    """What the oracle is recorded from, and with; makes float32 true. Raises HarnessError for an absent device."""
+    """What the oracle is recorded from, and with, but for the digest; makes float32 true.
+
+    Raises HarnessError for an absent device.
+    """
     place = torch.device("cuda" if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
         raise HarnessError("torch sees no CUDA device", where=device, fix="use --device cpu")
     name = f"{place.type}: {torch.cuda.get_device_name(place)}" if place.type == "cuda" else place.type
-    return Identity(checkpoint.name, checkpoint.revision, checkpoint.digest, checkpoint.geometry.record(), name,
+    return Identity(checkpoint.name, checkpoint.revision, "", checkpoint.geometry.record(), name,
                     attention, transformers.__version__, torch.__version__, __version__, true_fp32())
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """What the files look like of which the digest is taken; the time of the last change of anything included."""
+    return {path.name: [*stamp(status), status.st_ctime_ns] for path in checkpoint.stamps for status in [path.stat()]}
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    """Of the bytes that were read: they had not changed when it was known."""
+    digest = checkpoint.digest
+    unchanged(checkpoint)
+    return digest
 
 
 def _lane(checkpoint: Checkpoint, case: Case, inputs: FrozenInputs, out: OracleWriter, inside: Inside,
@@ -101,7 +121,8 @@ def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attentio
         made = plan(geometry, stages, [(lane.inputs, lane.case.decode) for lane in lanes], room, inside is not None,
                     *([] if place.type == "cpu" else [CONTEXT]))
         say(made.describe())
-        source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep)
+        source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep,
+                          made.memory - made.total)
         _read_rows(model.model.language_model.embed_tokens, reader)
     seams = wanted_seams(geometry, inside, any(lane.inputs.patches is not None for lane in lanes))
     hooks = held.enter_context(SeamHooks(model, geometry, seams))
@@ -135,19 +156,39 @@ def _read_rows(table: torch.nn.Module, reader: WeightReader) -> None:
 
 def _guess(lanes: Sequence[Lane], bench: Bench, source: Source) -> None:
     """Where all weights are in memory, decoding is cheap: its tokens are the draft of a case that has none."""
-    wanting = [lane for lane in lanes if lane.passes == 0 and not lane.drafted] if source.keep else []
-    if not wanting:
+    wanting = [lane for lane in lanes if lane.passes == 0 and (lane.draft == NONE or lane.known < lane.case.decode)]
+    if not wanting or not source.keep:
         return
-    head = source.place_all(bench.stages)
+    choose = best_of(source.place_all(bench.stages), bench.geometry.image_token)
     bench.hooks.into(None)
     for lane in wanting:
-        lane.tokens = np.array(greedy(bench.model, head, lane.inputs, lane.case.decode, bench.device), dtype=np.int32)
+        lane.draft = OWN
+        lane.guess(greedy(bench.model, choose, lane.inputs, [], lane.case.decode, bench.device))
 
 
-def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, tell: Progress) -> None:
+def _narrow(lanes: Sequence[Lane], bench: Bench, source: Source, say: Callable[[str], None]) -> torch.dtype | None:
+    """Where weights are streamed: the 16-bit dtype that drafts are made in, or None, having said why."""
+    if source.keep:
+        return None
+    dtype = drafting.stored_in(source.reader, bench.stages)
+    reason = drafting.why_not(dtype, bench.device)
+    for lane in lanes:
+        lane.guesses = not reason
+        if not reason and lane.passes == 0 and lane.draft == NONE:
+            lane.draft, lane.known = OWN, 0
+    if any(lane.draft == NONE for lane in lanes):
+        say(f"no draft: {reason or 'an earlier run began without'}; each token that is not guessed right takes a pass")
+    return None if reason else dtype
+
+
+def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, dtype: torch.dtype | None,
+            seal: Callable[[], None], tell: Progress) -> None:
     number = 0
     while lanes:
         number += 1
+        wanting = [lane for lane in lanes if lane.open]
+        if wanting:
+            drafting.draft(wanting, bench, source, dtype, real, tell)
         try:
             for lane in lanes:
                 lane.begin(bench)
@@ -158,6 +199,7 @@ def _passes(lanes: list[Lane], bench: Bench, source: Source, real: Any, tell: Pr
                     for lane in lanes:
                         lane.run(stage, tensors, real)
             bench.drain.flush()
+            seal()
             lanes = [lane for lane in lanes if not lane.judge()]
         finally:
             for lane in lanes:

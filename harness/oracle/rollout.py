@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +74,30 @@ def behind(inputs: FrozenInputs, tokens: Sequence[int], first: int, device: torc
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, head: Sequence[Tensor], inputs: FrozenInputs, count: int, device: torch.device) -> list[int]:
-    """`count` greedy tokens by cached decoding, one a step, for a model whose weights are all in place.
+def greedy(model: nn.Module, choose: Callable[[Tensor], int], inputs: FrozenInputs, tokens: list[int], count: int,
+           device: torch.device, prompt: DynamicCache | None = None) -> list[int]:
+    """Append greedy tokens until there are `count`, by cached decoding, one a step; returns `tokens`.
 
-    head: blocks of rows of the head. An end-of-text token does not stop it, so that 24 tokens are 24.
+    choose: the token for the last hidden state [1, hidden]. prompt: a cache of all of the prompt but its last token. An
+    end-of-text token does not stop it, so that 24 tokens are 24.
     """
-    cache, tokens = DynamicCache(), []
+    cache = DynamicCache() if prompt is None else prompt
     name, model.model.rope_deltas = cache_name(model), None
-    call = arguments(inputs, (), device)
+    call = arguments(inputs, tokens, device) if prompt is None else behind(inputs, [*tokens, 0], 0, device)
     while len(tokens) < count:
-        last = model.model(**call, **{name: cache})[0][:, -1]
-        tokens.append(int(torch.cat([F.linear(last, rows.to(last.device)) for rows in head], dim=1).argmax()))
+        tokens.append(choose(model.model(**call, **{name: cache})[0][:, -1]))
         call = behind(inputs, [*tokens, 0], len(tokens), device)
     return tokens
+
+
+def best_of(head: Sequence[Tensor], image_token: int) -> Callable[[Tensor], int]:
+    """For `greedy`: the largest logit, the image token's excepted. head: its blocks of rows, all in place."""
+    def choose(last: Tensor) -> int:
+        logits = torch.cat([F.linear(last, rows.to(last.device)) for rows in head], dim=1)
+        logits[:, image_token] = -torch.inf
+        return int(logits.argmax())
+
+    return choose
 
 
 def cache_name(model: nn.Module) -> str:
@@ -109,12 +120,17 @@ def settle(case: str, draft: Draft, rows: np.ndarray, image_token: int) -> tuple
     """
     if not (np.isfinite(rows).all() and np.isfinite(draft.logits).all()):
         raise HarnessError("the reference's own logits are not finite", where=case, fix="check the checkpoint")
-    if image_token in draft.tokens:
-        raise HarnessError("the model continues with <|image_pad|>", where=case, fix="choose another case")
+    refuse_images(case, draft.tokens, image_token)
     noise = _noise(rows, draft.logits)
     margins = _margins(rows)
     ties = np.flatnonzero(margins <= TIE_FACTOR * noise)
     return Rollout(draft.tokens, margins, tuple(int(step) for step in ties)), noise
+
+
+def refuse_images(case: str, tokens: np.ndarray, image_token: int) -> None:
+    """Raises HarnessError where the model itself continues with the image token."""
+    if image_token in tokens:
+        raise HarnessError("the model continues with <|image_pad|>", where=case, fix="choose another case")
 
 
 def _margins(rows: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Oracles on disk: versioned, content-addressed, written atomically, resumable, read without torch.
 
     <oracle>/manifest.json                  schema, Identity, when it was created
+    <oracle>/pending.json                   stands for it until the checkpoint's digest is known: no case counts by then
     <oracle>/cases/<case>/<part>.safetensors
     <oracle>/cases/<case>/<part>.json       sha256, shape and dtype of every tensor; a part counts once this exists
     <oracle>/cases/<case>/case.json         the frozen Case; a case counts once this exists

@@ -49,6 +49,8 @@ class Oracle:
         """
         path = Path(path)
         if not (path / cls.manifest).is_file():
+            if (path / "pending.json").is_file():
+                raise HarnessError("holds no whole case", where=path, fix="run `harness record` to its end")
             raise HarnessError("no oracle there", where=path, fix="make one with `harness record`")
         identity = read_manifest(path / cls.manifest)
         if checkpoint_digest is not None and identity.checkpoint_digest != checkpoint_digest:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,58 @@ from harness.store.reader import OracleCase, case_digest
 
 NOTE = "note.json"
 """What a run that is under way keeps for the next one; no part may be called so."""
+MANIFEST, PENDING = "manifest.json", "pending.json"
+"""The identity; and what stands for it until the digest of the checkpoint is known."""
 
 
 class OracleWriter:
     """Adds cases to an oracle; one process at a time; a context manager that lets go of the directory.
 
+    The digest of a large checkpoint takes as long as reading it. A new oracle need not wait for it: where `digest` will
+    tell it, `identity` is without one, parts are written under `stamps` (what the files looked like, plain JSON), and
+    `seal` comes before the first case is finished. Without a manifest or these very stamps, parts that are there are of
+    nobody knows what, and are removed.
+
     Raises HarnessError where the directory holds an oracle of another identity, is being written by another process,
     or cannot be written.
     """
 
-    def __init__(self, path: Path, identity: Identity) -> None:
-        self.path, self.identity = Path(path), identity
+    def __init__(self, path: Path, identity: Identity, digest: Callable[[], str] | None = None,
+                 stamps: Mapping[str, Any] | None = None) -> None:
+        self.path, self.identity, self._digest = Path(path), identity, digest
         with disk_errors(self.path):
             (self.path / "cases").mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path)
+        try:
             clean(self.path)
-        manifest = self.path / "manifest.json"
-        if not manifest.exists():
-            write_json(manifest, {"schema": SCHEMA, "identity": identity.record(),
-                                  "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-        difference = read_manifest(manifest).differs(identity)
-        if difference:
+            if digest is None or (self.path / MANIFEST).exists():
+                self.seal()
+            else:
+                self._begin({"identity": identity.record(), "stamps": dict(stamps or {})})
+        except BaseException:
             self.close()
+            raise
+
+    def _begin(self, pending: dict[str, Any]) -> None:
+        known = self.path / PENDING
+        if known.exists() and read_json(known) == pending:
+            return
+        for folder in (self.path / "cases").iterdir():
+            for leftover in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+                leftover.unlink()
+        write_json(known, pending)
+
+    def seal(self) -> None:
+        """From here on cases may be finished: the identity is whole, and that of the manifest."""
+        if self._digest is not None:
+            self.identity, self._digest = replace(self.identity, checkpoint_digest=self._digest()), None
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            write_json(manifest, {"schema": SCHEMA, "identity": self.identity.record(),
+                                  "created": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+        (self.path / PENDING).unlink(missing_ok=True)
+        difference = read_manifest(manifest).differs(self.identity)
+        if difference:
             raise HarnessError(f"holds an oracle of another kind: {difference}", where=self.path,
                                fix="record into another directory, or remove this one")
 

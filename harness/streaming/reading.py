@@ -25,7 +25,7 @@ BUFFER = 4 << 20
 """Bytes read at a time."""
 PIECE = 1 << 15
 """Values widened at a time: torch does not start threads for fewer, which would fight those that compute."""
-_CHANGED = "run the command again; what was recorded of another checkpoint is refused"
+_CHANGED = "run the command again; what was recorded of another checkpoint is not used"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+
+
+def unchanged(checkpoint: Checkpoint) -> None:
+    """Raises HarnessError where a file was changed since the checkpoint was opened: its digest is of other bytes."""
+    for path, known in checkpoint.stamps.items():
+        try:
+            same = stamp(os.stat(path)) == known
+        except OSError:
+            same = False
+        if not same:
+            raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
 
 
 class WeightReader:
@@ -58,7 +69,7 @@ class WeightReader:
                 self._entries[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
                                             base + entry["data_offsets"][0])
             self._handles[path] = os.open(path, os.O_RDONLY)
-        self._stamps = checkpoint.stamps
+        self._checkpoint = checkpoint
 
     def close(self) -> None:
         """Let go of the files."""
@@ -77,21 +88,22 @@ class WeightReader:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def check(self) -> None:
-        """Raises HarnessError where a shard was changed since the checkpoint was opened: its digest is of other bytes."""
-        for path, known in self._stamps.items():
-            try:
-                same = stamp(os.stat(path)) == known
-            except OSError:
-                same = False
-            if not same:
-                raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
+        """See `unchanged`."""
+        unchanged(self._checkpoint)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._entry(name).dtype
 
     def fill(self, name: str, target: Tensor, first: int = 0) -> None:
-        """Rows first.. of a tensor into `target` (float32, on the CPU, contiguous, as many rows as it has)."""
+        """Rows first.. of a tensor into `target` (on the CPU, contiguous, as many rows as it has), widened to its dtype."""
         entry = self._entry(name)
         row = int(np.prod(entry.shape[1:], dtype=np.int64))
         size = entry.dtype.itemsize
         flat, place, end = target.view(-1), entry.offset + first * row * size, target.numel()
+        if target.dtype == entry.dtype:
+            self._read_into(entry, place, memoryview(flat.view(torch.uint8).numpy()))
+            return
         for start in range(0, end, BUFFER // size):
             values = self._read(entry, place + start * size, min(BUFFER // size, end - start))
             for piece in range(0, len(values), PIECE):
@@ -121,6 +133,10 @@ class WeightReader:
         if buffer is None:
             buffer = self._local.buffer = torch.empty(BUFFER, dtype=torch.uint8)
         view = memoryview(buffer.numpy())[:count * entry.dtype.itemsize]
+        self._read_into(entry, offset, view)
+        return buffer[:len(view)].view(entry.dtype)
+
+    def _read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             try:
@@ -131,5 +147,4 @@ class WeightReader:
                 raise HarnessError("ends before its header says: truncated while it was read", where=entry.path,
                                    fix="download the shard again and run the same command to go on")
             done += got
-        return buffer[:len(view)].view(entry.dtype)
 

@@ -34,15 +34,31 @@ class Source(Protocol):
 class Streamed:
     """Weights from the files, in `slots` buffers that are used in turn: with two, the next stage is read while one runs.
 
-    keep: the stages stay in memory once read, in as many buffers as there are stages.
+    keep: the stages stay in memory once read, in as many buffers as there are stages. spare: bytes beyond the slots that
+    `narrow` may hold.
     """
 
-    def __init__(self, reader: WeightReader, device: torch.device, slots: int, elements: int, keep: bool) -> None:
-        self.reader, self.device, self.keep = reader, device, keep
+    def __init__(self, reader: WeightReader, device: torch.device, slots: int, elements: int, keep: bool,
+                 spare: int = 0) -> None:
+        self.reader, self.device, self.keep, self.spare = reader, device, keep, spare
         self._slots = [] if keep else [torch.empty(elements, dtype=torch.float32, device=device) for _ in range(slots)]
         self._kept: dict[str, list[Tensor]] = {}
+        self._keeping: set[str] = set()
         self._done: dict[int, torch.cuda.Event] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def narrow(self, dtype: torch.dtype, again: Sequence[Stage]) -> Streamed:
+        """The same stages, matrices in a 16-bit dtype and vectors in float32, in this one's slots: use one at a time.
+
+        again: stages that are asked for over and over; as many of them as there is spare memory for stay once read.
+        """
+        found, room = Streamed(self.reader, self.device, 0, 0, False), self.spare
+        found._slots = [slot.view(dtype) for slot in self._slots]
+        for stage in again:
+            room -= _narrow_bytes(stage)
+            if room >= 0:
+                found._keeping.add(stage.name)
+        return found
 
     def stages(self, wanted: Sequence[Stage]) -> Iterator[tuple[Stage, list[Tensor]]]:
         """See `Source`. Raises HarnessError where the files fail or change."""
@@ -74,17 +90,25 @@ class Streamed:
     def _load(self, stage: Stage, number: int) -> list[Tensor]:
         if stage.name in self._kept:
             return self._kept[stage.name]
-        flat = torch.empty(stage.elements, dtype=torch.float32, device=self.device) if self.keep else self._slot(number)
+        flat = self._own(stage) if self.keep or stage.name in self._keeping else self._slot(number)
         tensors, start = [], 0
         for place in stage.places:
-            size = aligned(place.shape)
-            target = flat[start:start + torch.Size(place.shape).numel()].view(place.shape)
+            dtype = flat.dtype if len(place.shape) > 1 else torch.float32
+            wide = dtype.itemsize // flat.dtype.itemsize  # elements of the slot that one of the tensor takes
+            end = start + wide * torch.Size(place.shape).numel()
+            target = flat[start:end].view(dtype).view(place.shape)
             self._fill(place.tensor, target, stage.rows[0] if stage.rows else 0)
             tensors.append(target)
-            start += size
-        if self.keep:
+            start += wide * aligned(place.shape)
+        if self.keep or stage.name in self._keeping:
             self._kept[stage.name] = tensors
         return tensors
+
+    def _own(self, stage: Stage) -> Tensor:
+        """Memory that is the stage's alone."""
+        dtype = torch.float32 if self.keep else self._slots[0].dtype
+        size = stage.elements if self.keep else _narrow_bytes(stage) // dtype.itemsize
+        return torch.empty(size, dtype=dtype, device=self.device)
 
     def _slot(self, number: int) -> Tensor:
         slot = number % len(self._slots)
@@ -106,6 +130,11 @@ class Streamed:
                 count = min(STAGED, flat.numel() - start)
                 flat[start:start + count].copy_(self.reader.stored(name, before + start, count).to(self.device))
             self._copies.synchronize()
+
+
+def _narrow_bytes(stage: Stage) -> int:
+    """Matrices in 16 bits, vectors in 32."""
+    return sum((2 if len(place.shape) > 1 else 4) * aligned(place.shape) for place in stage.places)
 
 
 @contextmanager

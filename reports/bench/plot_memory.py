@@ -1,6 +1,6 @@
 """Memory over time of a recording, as a small SVG.
 
-    python reports/bench/plot_memory.py BENCH.json OUT.svg [--run ours]
+    python reports/bench/plot_memory.py BENCH.json OUT.svg [--run drafted-image-1]
 
 BENCH.json is what `record.py` wrote. Two lines: resident (files that are mapped included) and anonymous memory.
 """
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bench", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--run", default="ours")
+    parser.add_argument("--run", default="drafted-image-1")
     given = parser.parse_args()
     held = json.loads(given.bench.read_text(encoding="utf-8"))
     run = held["runs"][given.run]

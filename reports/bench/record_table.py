@@ -10,24 +10,32 @@ import sys
 from pathlib import Path
 
 
+WHAT = {"undrafted": "ours, no draft given", "drafted": "ours, draft given", "plain": "plain Hugging Face, one forward",
+        "generate": "plain Hugging Face, 24 tokens decoded",
+        "accelerate": "accelerate, 2 GiB, rest on disk"}
+
+
 def rows(held: dict) -> list[str]:
-    """One row a run, with its ratio to the plain forward and to the bound of the same file."""
-    runs, bounds = held["runs"], held.get("bound", {})
-    plain = runs.get("plain")
-    found = []
-    for name, run in runs.items():
-        if name == "rates":
-            continue
-        cases = name.rpartition("-")[2] if name.rpartition("-")[2].isdecimal() else "1"
-        oracle = run.get("oracle", {}).get("cases", {})
-        passes = max((facts["passes"] for facts in oracle.values()), default=1)
-        bound = bounds.get(cases, {}).get("bound_s")
-        found.append(f"| {held['checkpoint']} | {name} | {cases} | {passes} | {run['wall_s']:.1f} | {run['cpu_s']:.1f} | "
-                     f"{run['wall_s'] / plain['wall_s']:.2f} | " if plain else
-                     f"| {held['checkpoint']} | {name} | {cases} | {passes} | {run['wall_s']:.1f} | {run['cpu_s']:.1f} | | ")
-        found[-1] += f"{run['wall_s'] / bound:.2f} | " if bound else "| "
-        found[-1] += f"{run['peak_rss_gib']:.2f} | {run['peak_anon_gib']:.2f} |"
-    return found
+    """One row a run, with its ratio to the plain forward, to accelerate and to the bound of the same file."""
+    runs = held["runs"]
+    return [_row(name, run, {base: runs[base] for base in ("plain", "accelerate") if base in runs})
+            for name, run in runs.items() if name != "rates"]
+
+
+def _row(name: str, run: dict, bases: dict) -> str:
+    cases = run.get("oracle", {}).get("cases", {})
+    passes = max((facts["passes"] for facts in cases.values()), default=1)
+    draft = next(iter(cases.values()), {}).get("draft", "")
+    what, count = name.partition("-")[0], run.get("cases", 1)
+    alone = count == 1 and run.get("kind", "image") == "image"
+    ratios = [f"{run['wall_s'] / bases[base]['wall_s']:.2f}" if base in bases and alone else ""
+              for base in ("plain", "accelerate")]
+    bound = f"{run['wall_s'] / run['bound']['bound_s']:.2f}" if "bound" in run else ""
+    memory = f"{run['peak_rss_gib'] / bases['plain']['peak_rss_gib']:.2f}" if "plain" in bases and alone else ""
+    label = WHAT.get(what, what) + (", its own made" if draft == "own" else "")
+    return "| " + " | ".join([
+        label, f"{count} {run.get('kind', 'image')}", str(passes), f"{run['wall_s']:.1f}", f"{run['cpu_s']:.1f}", *ratios,
+        bound, f"{run['peak_rss_gib']:.2f}", memory, f"{run['peak_anon_gib']:.2f}"]) + " |"
 
 
 def main() -> None:
@@ -39,9 +47,9 @@ def main() -> None:
         print(f"## {path.name}\n\n{machine['date']}, {machine['cpu']}, {machine['cores']} cores, "
               f"{machine['memory_gib']} GiB, load before {machine['load_before']}; torch {machine['torch']}, transformers "
               f"{machine['transformers']}. " + ", ".join(f"{name} {value:.2f}" for name, value in rates.items()) + ".\n")
-        print("| checkpoint | run | cases | passes | wall s | processor s | x plain | x bound | peak resident GiB | "
-              "anonymous GiB |\n|---|---|---|---|---|---|---|---|---|---|")
-        print("\n".join(rows(held)) + "\n")
+        print(f"{held['checkpoint']}:\n\n| run | cases | float32 passes | wall s | processor s | x plain | x accelerate | "
+              "x bound | peak resident GiB | x plain's | anonymous GiB |\n|" + "---|" * 11)
+        print("\n".join([*rows(held), ""]) + (f"\n{held['note']}\n" if "note" in held else ""))
 
 
 if __name__ == "__main__":
