@@ -250,7 +250,7 @@ def test_a_forward_that_waits_is_the_forward() -> None:
         assert seen == list(layers) and torch.equal(waiting.result, expected)
         left = Parked(lambda: layers[0](x))
         left.close()
-        assert not left._thread.is_alive()
+        assert left.at is None and left._line.dead
         with pytest.raises(ZeroDivisionError):
             Parked(lambda: 1 / 0)
     assert torch.equal(layers[0](x), torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
