@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,65 @@ def test_a_part_larger_than_a_slab_has_memory_of_its_own(pool: list) -> None:
     assert slab.take(torch.ones(100)).sum() == 100
     del slab
     assert not pool
+
+
+class Stream:
+    """A stream on which all is done at once."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def record_event(self) -> Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+class Written(list):
+    """A writer that keeps what it is given: name, tensors by name as lists, key."""
+
+    def part(self, name: str, arrays: dict[str, np.ndarray], key: str) -> None:
+        self.append((name, {seam: array.tolist() for seam, array in arrays.items()}, key))
+
+
+@pytest.fixture
+def far(pool: list, monkeypatch: pytest.MonkeyPatch) -> drain.Drain:
+    """The way from a GPU, without the GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
+    return drain.Drain(torch.device("cuda"))
+
+
+def four(start: int) -> dict[str, torch.Tensor]:
+    return {"b": torch.arange(start, start + 3.0), "a": torch.tensor([start + 3.0])}
+
+
+@pytest.mark.parametrize("age, sent", [(1e9, [0, 0, 0, 0, 1, 1]), (-1.0, [1, 2, 3, 4, 5, 6])])
+def test_parts_leave_in_order_when_the_slab_is_full_or_old(far: drain.Drain, monkeypatch: pytest.MonkeyPatch, age: float,
+                                                           sent: list[int]) -> None:
+    monkeypatch.setattr(drain, "AGE", age)
+    out, handed, submit = Written(), [], far._worker.submit
+    monkeypatch.setattr(far._worker, "submit", lambda *task: handed.append(task) or submit(*task))
+    with far:
+        for number in range(6):  # a slab of 64 bytes holds four of these
+            far.put(out, f"p{number}", four(4 * number), "k")
+            assert len(handed) == sent[number]
+        far.flush()
+    assert out == [(f"p{n}", {"b": [4 * n, 4 * n + 1, 4 * n + 2], "a": [4 * n + 3]}, "k") for n in range(6)]
+    assert [list(tensors) for _, tensors, _ in out] == [["b", "a"]] * 6
+
+
+def test_what_the_writer_raises_is_raised_where_it_is_waited_for(far: drain.Drain) -> None:
+    class Full(Written):
+        def part(self, *_: object) -> None:
+            raise OSError("full")
+
+    with far:
+        far.put(Full(), "p", four(0), "k")
+        with pytest.raises(OSError, match="full"):
+            far.flush()
 
 
 def test_margins_are_those_of_the_two_largest() -> None:

@@ -1,12 +1,14 @@
 """Activations on their way to the store: written by a thread of its own while the model goes on.
 
-From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy. Parts share
+From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy; a model that
+is spread over GPUs has one such stream on each, for a copy runs on a stream of the GPU that it comes from. Parts share
 slabs of one size, which are used again once nobody holds an array in them, for pinning memory takes milliseconds; and a slab
-is handed over as a whole: waking the thread for each part takes the interpreter away from the model's launches.
+is handed over as a whole: each time the thread wakes, the interpreter is away from the model's launches for up to 1 ms.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -22,8 +24,10 @@ from harness.store import CaseWriter
 
 PENDING = 4
 """Hand-overs that may wait for the disk; then the model waits."""
-SLAB, PENDING_SLABS = 1 << 25, 32
+SLAB, PENDING_SLABS = 1 << 27, 8
 """Bytes of pinned memory in a slab, and how many may wait: a GPU is far ahead of any disk, and its host has memory."""
+AGE = 0.1
+"""Seconds after which a slab goes to the disk although it is not full: weights may come slowly, and the run may be killed."""
 
 
 class _Slab:
@@ -38,7 +42,7 @@ class _Slab:
         self.whole = self.memory.numpy()  # the base of every array that is given out
         if fits:
             weakref.finalize(self.whole, pool.append, self.memory).atexit = False
-        self.used, self.parts, self.values, self.copied = 0, [], [], None
+        self.used, self.parts, self.values, self.copied, self.begun = 0, [], [], [], time.monotonic()
 
     def take(self, value: Tensor) -> np.ndarray:
         """A view of the memory that `value` is being copied to, on the current stream."""
@@ -57,9 +61,9 @@ class Drain:
     """`put` parts, `flush` before they are read; a context manager. What the writer raises is raised by either."""
 
     def __init__(self, device: torch.device) -> None:
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sides: dict[torch.device, torch.cuda.Stream] | None = {} if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._sent, self._pending = deque[Future](), PENDING if self._side is None else PENDING_SLABS
+        self._sent, self._pending = deque[Future](), PENDING if self._sides is None else PENDING_SLABS
         self._slab: _Slab | None = None
         self._pool: list[Tensor] = []
 
@@ -67,7 +71,7 @@ class Drain:
         """Write a part in the order given; the values must not change any more."""
         while self._sent and (len(self._sent) >= self._pending or self._sent[0].done()):
             self._sent.popleft().result()
-        if self._side is not None:
+        if self._sides is not None:
             self._copy(out, name, values, key)
             return
         arrays = {seam: to_numpy(value) for seam, value in values.items()}
@@ -94,22 +98,33 @@ class Drain:
             self._hand_over()
         if self._slab is None:
             self._slab = _Slab(count, self._pool)
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        with torch.cuda.stream(self._side):
-            arrays = {seam: self._slab.take(value) for seam, value in values.items()}
+        arrays = dict.fromkeys(values)
+        for place in {value.device for value in values.values()}:
+            with torch.cuda.stream(self._side(place)):
+                arrays |= {seam: self._slab.take(value) for seam, value in values.items() if value.device == place}
         self._slab.values.append(values)
         self._slab.parts.append((out, name, arrays, key))
+        if time.monotonic() - self._slab.begun > AGE:
+            self._hand_over()
+
+    def _side(self, place: torch.device) -> torch.cuda.Stream:
+        """The stream for copies from a GPU, behind what it computes now."""
+        if place not in self._sides:
+            self._sides[place] = torch.cuda.Stream(place)
+        self._sides[place].wait_stream(torch.cuda.current_stream(place))
+        return self._sides[place]
 
     def _hand_over(self) -> None:
         """The slab that is being filled goes to the thread."""
         slab, self._slab = self._slab, None
         if slab is not None:
-            slab.copied = self._side.record_event()
+            slab.copied = [side.record_event() for side in self._sides.values()]
             self._sent.append(self._worker.submit(_write, slab))
 
 
 def _write(slab: _Slab) -> None:
-    slab.copied.synchronize()
+    for event in slab.copied:
+        event.synchronize()
     slab.values.clear()
     for out, name, arrays, key in slab.parts:
         out.part(name, arrays, key)
