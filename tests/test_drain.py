@@ -23,9 +23,10 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> list:
 def test_memory_goes_back_when_the_last_array_is_gone(pool: list) -> None:
     slab = drain._Slab(9, pool)
     place = slab.memory.data_ptr()
-    first, second = slab.take(torch.arange(6.).view(2, 3)), slab.take(torch.full((3,), 9.0))
+    slab.memory[:9] = torch.arange(9.0)
+    first, second = slab.whole[:6].reshape(2, 3), slab.whole[6:9]
     del slab
-    assert not pool and first.tolist() == [[0, 1, 2], [3, 4, 5]] and second.tolist() == [9, 9, 9]
+    assert not pool and first.tolist() == [[0, 1, 2], [3, 4, 5]] and second.tolist() == [6, 7, 8]
     row = first[1]
     del first, second
     assert not pool and row.tolist() == [3, 4, 5]
@@ -36,7 +37,7 @@ def test_memory_goes_back_when_the_last_array_is_gone(pool: list) -> None:
 
 def test_a_part_larger_than_a_slab_has_memory_of_its_own(pool: list) -> None:
     slab = drain._Slab(100, pool)
-    assert slab.take(torch.ones(100)).sum() == 100
+    assert len(slab.whole) == 100
     del slab
     assert not pool
 
@@ -63,7 +64,7 @@ class Written(list):
 
 @pytest.fixture
 def far(pool: list, monkeypatch: pytest.MonkeyPatch) -> drain.Drain:
-    """The way from a GPU, without the GPU."""
+    """The way from a GPU without the GPU; 64 bytes leave together."""
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda place: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
@@ -71,22 +72,32 @@ def far(pool: list, monkeypatch: pytest.MonkeyPatch) -> drain.Drain:
 
 
 def four(start: int) -> dict[str, torch.Tensor]:
-    return {"b": torch.arange(start, start + 3.0), "a": torch.tensor([start + 3.0])}
+    """Four values, one of two tensors not in C order."""
+    return {"b": torch.arange(start, start + 3.0).expand(1, 3).T, "a": torch.tensor(start + 3.0)}
 
 
 @pytest.mark.parametrize("age, sent", [(1e9, [0, 0, 0, 0, 1, 1]), (-1.0, [1, 2, 3, 4, 5, 6])])
-def test_parts_leave_in_order_when_the_slab_is_full_or_old(far: drain.Drain, monkeypatch: pytest.MonkeyPatch, age: float,
+def test_parts_leave_in_order_when_they_are_many_or_old(far: drain.Drain, monkeypatch: pytest.MonkeyPatch, age: float,
                                                            sent: list[int]) -> None:
     monkeypatch.setattr(drain, "AGE", age)
     out, handed, submit = Written(), [], far._worker.submit
     monkeypatch.setattr(far._worker, "submit", lambda *task: handed.append(task) or submit(*task))
     with far:
-        for number in range(6):  # a slab of 64 bytes holds four of these
+        for number in range(6):  # 64 bytes are four of these
             far.put(out, f"p{number}", four(4 * number), "k")
             assert len(handed) == sent[number]
         far.flush()
-    assert out == [(f"p{n}", {"b": [4 * n, 4 * n + 1, 4 * n + 2], "a": [4 * n + 3]}, "k") for n in range(6)]
+    assert out == [(f"p{n}", {"b": [[4 * n], [4 * n + 1], [4 * n + 2]], "a": 4 * n + 3}, "k") for n in range(6)]
     assert [list(tensors) for _, tensors, _ in out] == [["b", "a"]] * 6
+
+
+def test_a_part_that_is_too_large_leaves_alone(far: drain.Drain) -> None:
+    out = Written()
+    with far:
+        for number, count in enumerate((3, 50, 5)):
+            far.put(out, f"p{number}", {"a": torch.full((count,), float(number))}, "")
+    assert out == [("p0", {"a": [0] * 3}, ""), ("p1", {"a": [1] * 50}, ""), ("p2", {"a": [2] * 5}, "")]
+    assert len(far._pool) <= 2, "the large one's memory is not kept"
 
 
 def test_what_the_writer_raises_is_raised_where_it_is_waited_for(far: drain.Drain) -> None:
