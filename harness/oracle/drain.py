@@ -1,9 +1,10 @@
 """Activations on their way to the store: written by a thread of its own while the model goes on.
 
-From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy. What a copy
-costs is the host's time, which the model's launches want: so parts wait until there are enough of them, are put together on
-the GPU by one kernel, and leave in one copy. Pinned memory is used again once nobody holds an array in it, for pinning takes
-milliseconds. A model that is spread over GPUs has such a stream on each, for a copy runs on the GPU that it comes from.
+From a GPU they travel on a stream of their own into pinned memory, so the model's stream never waits for a copy. What counts
+is the host's time, which the model's launches want: parts wait until there are enough of them, are put together on the GPU
+by one kernel and leave in one copy; and many copies go to the thread at once, for each time that it wakes, the interpreter
+is away from the model. Pinned memory is used again once nobody holds an array in it, for pinning takes milliseconds. A model
+that is spread over GPUs has a stream for copies on each, for a copy runs on the GPU that it comes from.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from harness.store import CaseWriter
 
 PENDING = 4
 """Hand-overs that may wait for the disk; then the model waits."""
-SLAB, PENDING_SLABS = 1 << 25, 32
-"""Bytes that leave a GPU together, and how many such may wait: a GPU is far ahead of any disk, and its host has memory."""
-AGE = 0.1
-"""Seconds after which parts leave although they are few: weights may come slowly, and the run may be killed."""
+SLAB, SLABS = 1 << 25, 16
+"""Bytes that leave a GPU together; and how many times that goes to the thread at once, while as much is being written."""
+AGE = 0.25
+"""Seconds after which parts go to the thread although they are few: weights may come slowly, and the run may be killed."""
 
 
 class _Slab:
@@ -75,6 +76,10 @@ class _Lot:
         self.parts = [(out, name, {seam: (value.device, tuple(value.shape)) for seam, value in held.items()}, key)
                       for out, name, held, key in self.parts]
 
+    def release(self) -> None:
+        """Let go of memory on the GPU whose copy is done."""
+        self._copies = [copy for copy in self._copies if not copy[1].query()]
+
     def write(self) -> None:
         """Give the parts to their writers when they are there."""
         for _, event in self._copies:
@@ -100,17 +105,16 @@ class Drain:
     def __init__(self, device: torch.device) -> None:
         self._sides: dict[torch.device, torch.cuda.Stream] | None = {} if device.type == "cuda" else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._sent, self._pending = deque[Future](), PENDING if self._sides is None else PENDING_SLABS
-        self._lot = _Lot()
+        self._sent, self._pending = deque[Future](), PENDING if self._sides is None else 1
+        self._lot, self._left = _Lot(), list[_Lot]()
         self._pool: list[Tensor] = []
 
     def put(self, out: CaseWriter, name: str, values: Mapping[str, Tensor], key: str) -> None:
         """Write a part in the order given; the values must not change any more."""
-        while self._sent and (len(self._sent) >= self._pending or self._sent[0].done()):
-            self._sent.popleft().result()
         if self._sides is not None:
             self._collect(out, name, values, key)
             return
+        self._wait()
         arrays = {seam: to_numpy(value) for seam, value in values.items()}
         self._sent.append(self._worker.submit(out.part, name, arrays, key))
 
@@ -132,9 +136,20 @@ class Drain:
     def _collect(self, out: CaseWriter, name: str, values: Mapping[str, Tensor], key: str) -> None:
         count = sum(value.numel() for value in values.values())
         if self._lot.count + count > SLAB // 4:
-            self._hand_over()
+            self._leave()
         self._lot.add((out, name, values, key), count)
-        if time.monotonic() - self._lot.begun > AGE:
+        if time.monotonic() - (self._left or [self._lot])[0].begun > AGE:
+            self._hand_over()
+
+    def _leave(self) -> None:
+        """What has been collected leaves the GPU."""
+        for lot in self._left:
+            lot.release()
+        lot, self._lot = self._lot, _Lot()
+        if lot.parts:
+            lot.leave(_Slab(lot.count, self._pool), self._side)
+            self._left.append(lot)
+        if len(self._left) >= SLABS:
             self._hand_over()
 
     def _side(self, place: torch.device) -> torch.cuda.Stream:
@@ -145,8 +160,21 @@ class Drain:
         return self._sides[place]
 
     def _hand_over(self) -> None:
-        """What has been collected leaves."""
-        lot, self._lot = self._lot, _Lot()
-        if lot.parts:
-            lot.leave(_Slab(lot.count, self._pool), self._side)
-            self._sent.append(self._worker.submit(lot.write))
+        """All that has been collected goes to the thread."""
+        if self._lot.parts:
+            self._leave()
+        lots, self._left = self._left, []
+        if lots:
+            self._wait()
+            self._sent.append(self._worker.submit(_write, lots))
+
+    def _wait(self) -> None:
+        """Until the thread is so far that it may be given one thing more."""
+        while self._sent and (len(self._sent) >= self._pending or self._sent[0].done()):
+            self._sent.popleft().result()
+
+
+def _write(lots: list[_Lot]) -> None:
+    lots.reverse()
+    while lots:
+        lots.pop().write()  # and its memory can be used again
