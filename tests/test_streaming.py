@@ -27,7 +27,6 @@ from harness.oracle.hooks import SeamHooks
 from harness.oracle.plan import Plan, gib, plan
 from harness.store import Oracle, files
 from harness.streaming import stages as parts
-from harness.streaming.parked import Parked, parking
 from harness.streaming.reading import WeightReader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,25 +245,6 @@ def test_the_plan_takes_the_fastest_way_that_fits(checkpoint: Checkpoint, oracle
     most = plan(checkpoint.geometry, held, cases, 1 << 40, True)
     assert most.keep and not plan(checkpoint.geometry, held, cases, most.total - 1, True).keep
     assert sum(4 * stage.elements for stage in held) == most.parts["all weights in float32"]
-
-
-def test_a_forward_that_waits_is_the_forward() -> None:
-    layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(3))
-    x = torch.ones(2, 3)
-    expected = layers[2](layers[1](layers[0](x)))
-    with parking(layers) as real, torch.no_grad():
-        waiting = Parked(lambda: layers[2](layers[1](layers[0](x))))
-        seen = []
-        while waiting.at is not None:
-            seen.append(waiting.at.module)
-            waiting.go(real[waiting.at.module](*waiting.at.arguments))
-        assert seen == list(layers) and torch.equal(waiting.result, expected)
-        left = Parked(lambda: layers[0](x))
-        left.close()
-        assert not left._thread.is_alive()
-        with pytest.raises(ZeroDivisionError):
-            Parked(lambda: 1 / 0)
-    assert torch.equal(layers[0](x), torch.nn.functional.linear(x, layers[0].weight, layers[0].bias))
 
 
 def test_a_draft_of_another_vocabulary_is_only_a_wrong_one(oracle: Oracle, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ Nothing is downloaded and, without --disk, nothing large is written: the checkpo
 section prints its figures as soon as it has them and OUT.json is rewritten, so a run that is cut short loses nothing.
 
 plain: Hugging Face's forward of a 211-token prompt with a 448 x 448 image and 24 tokens. naive: the same with a hook on
-every seam that copies at once. record: ours, every seam in pinned host memory at the end (no disk), without and with the
-step that measures the noise. tokens: `generate` of 24 tokens; one pass that verifies a right draft; two passes for a draft
+every seam that copies at once. record: ours, every seam in pinned host memory at the end (no disk), by turns with plain
+forwards, since the host's pace drifts by more than the difference. tokens, with the step that measures the noise: `generate` of 24 tokens; one pass that verifies a right draft; two passes for a draft
 with one wrong token. tf32: what the switches are worth against float64. disk (--disk): a real checkpoint in shards is
 written to DIR and recorded from there into an oracle there.
 """
@@ -25,6 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +158,32 @@ class Run:
     def timed(self, call: Any, rounds: int | None = None, warm: int = 2) -> dict[str, float]:
         for _ in range(warm):
             call()
-        spent = []
-        for _ in range(rounds or self.rounds):
-            self.sync()
-            started = time.perf_counter()
-            call()
-            self.sync()
-            spent.append(time.perf_counter() - started)
-        return {"median_s": round(statistics.median(spent), 5), "least_s": round(min(spent), 5), "rounds": len(spent)}
+        return summary([self.spent(call) for _ in range(rounds or self.rounds)])
+
+    def spent(self, call: Any) -> float:
+        """Seconds of one call, to the end of what it sent to the GPU."""
+        self.sync()
+        started = time.perf_counter()
+        call()
+        self.sync()
+        return time.perf_counter() - started
+
+    def paired(self, yardstick: Any, set_up: Callable[[], AbstractContextManager[Any]], turn: int = 5) -> dict[str, Any]:
+        """A call that `set_up` gives beside a yardstick, `turn` rounds of each by turns, behind one that does not count."""
+        ours, theirs = [], []
+        while len(ours) < self.rounds:
+            yardstick()
+            theirs += [self.spent(yardstick) for _ in range(turn)]
+            with set_up() as call:
+                call()
+                ours += [self.spent(call) for _ in range(turn)]
+        found, plain = summary(ours), summary(theirs)
+        return found | {"plain_median_s": plain["median_s"], "plain_least_s": plain["least_s"],
+                        "ratio": round(statistics.median(ours) / statistics.median(theirs), 4)}
+
+
+def summary(spent: list[float]) -> dict[str, float]:
+    return {"median_s": round(statistics.median(spent), 5), "least_s": round(min(spent), 5), "rounds": len(spent)}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -230,22 +250,29 @@ def measure(run: Run, checkpoint: Checkpoint, inputs: Any, model: Any, stages: l
     run.section("naive", lambda: run.timed(lambda: naive(model, geometry, seams, inputs, tokens), 5))
     run.section("generate", lambda: generated(run, model, inputs))
     draft = run.found.get("generate", {}).get("tokens", tokens.tolist())
-    hooks, drain = SeamHooks(model, geometry, seams), Drain(device)
-    with hooks, drain, torch.no_grad():
-        bench = Bench(model, geometry, device, hooks, drain, stages)
-        with parking(module for stage in stages for module in stage.modules) as real:
-            def whole(out: Any = None) -> None:
-                job = Whole(bench, inputs, tokens, seams, out or InMemory(), "k")
-                for stage, tensors in source.stages([stage for stage in stages if job.needs(stage)]):
-                    job.run(stage, tensors, real)
-                drain.flush()
+    with Drain(device) as drain, torch.no_grad():
+        @contextmanager
+        def recording() -> Iterator[Any]:
+            with SeamHooks(model, geometry, seams) as hooks, \
+                    parking(module for stage in stages for module in stage.modules) as real:
+                bench = Bench(model, geometry, device, hooks, drain, stages)
 
+                def whole(out: Any = None) -> None:
+                    job = Whole(bench, inputs, tokens, seams, out or InMemory(), "k")
+                    for stage, tensors in source.stages([stage for stage in stages if job.needs(stage)]):
+                        job.run(stage, tensors, real)
+                    drain.flush()
+
+                whole.bench, whole.real = bench, real
+                yield whole
+
+        run.section("record", lambda: run.paired(lambda: forward(model, inputs, tokens), recording))
+        with recording() as whole:
             def lane(draft: list[int]) -> Lane:
                 held = Lane(CASE, inputs, seams, Kept(), geometry, draft)
-                _passes([held], bench, source, real, lambda *_: None)
+                _passes([held], whole.bench, source, whole.real, lambda *_: None)
                 return held
 
-            run.section("record", lambda: run.timed(whole))
             run.section("tokens_right", lambda: run.timed(lambda: lane(draft), 5, 1) | verdict(lane(draft)))
             wrong = [*draft[:12], (draft[12] + 1) % 400, *draft[13:]]
             run.section("tokens_one_wrong", lambda: run.timed(lambda: lane(wrong), 3, 1) | verdict(lane(wrong)))
@@ -325,12 +352,13 @@ def from_disk(run: Run, given: argparse.Namespace, device: torch.device) -> dict
 
 
 def table(found: dict[str, Any]) -> None:
-    """Ratios to the plain forward."""
+    """Ratios to the plain forward; of the record, to those between its own rounds."""
     plain = min(found[name]["median_s"] for name in ("plain", "plain_again") if name in found)
     print(f"\n{'':18} {'median':>10} {'x plain':>8}")
     for name in ("plain", "plain_again", "naive", "record", "generate", "tokens_right", "tokens_one_wrong"):
         if name in found:
-            print(f"{name:18} {found[name]['median_s']:9.4f}s {found[name]['median_s'] / plain:8.3f}")
+            ratio = found[name].get("ratio", found[name]["median_s"] / plain)
+            print(f"{name:18} {found[name]['median_s']:9.4f}s {ratio:8.3f}")
     also = ("tf32", "gpu_memory", "disk", "equal", "failed")
     print(json.dumps({name: value for name, value in found.items() if name in also}))
 
