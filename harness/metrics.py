@@ -20,6 +20,9 @@ LOW_NORM = 0.01
 """A row or channel whose norm lies below this fraction of the root-mean-square one is measured against that fraction:
 relative error of an almost empty row is noise, not evidence."""
 
+TINY = 1e-140
+"""Below this squares of float64 values vanish; no float32 value lies there."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -76,13 +79,14 @@ def by_region(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str
     parts = {name: np.asarray(index) for name, index in regions.items() if 0 < len(index) < rows}
     ref, cand = reference.reshape(rows, -1), candidate.reshape(rows, -1)
     found = dict(zip(("all", *parts), sums(ref, cand, list(parts.values()))))
-    if not found["all"].finite and not _nonfinite(ref) and not _nonfinite(cand):
+    largest = float(found["all"].by_row[3:].max())
+    if 0 < largest < TINY or not found["all"].finite and not _nonfinite(ref) and not _nonfinite(cand):
         return _rescaled(reference, candidate, parts)
     return {name: _distance(part, ref, cand, reference.shape) for name, part in found.items()}
 
 
 def _rescaled(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str, np.ndarray]) -> dict[str, Distance]:
-    """Of float64 values whose squares float64 does not hold."""
+    """Of float64 values whose squares float64 does not hold, or not in full."""
     unit = max(float(np.abs(array).max()) for array in (reference, candidate))
     found = by_region(reference / unit, candidate / unit, regions)
     return {name: replace(part, max_abs=part.max_abs * unit, reference_max=part.reference_max * unit)
@@ -93,48 +97,51 @@ def _distance(found: Sums, ref: np.ndarray, cand: np.ndarray, shape: tuple[int, 
     """Of some rows of both [rows, columns]; shape: as they were before that."""
     if not found.finite:
         return _not_finite(found.rows, ref[found.rows], cand[found.rows], shape)
-    row = int(found.rows[found.row_max_d.argmax()])
+    row = int(found.rows[found.by_row[3].argmax()])
     column = int(np.abs(cand[row].astype(np.float64) - ref[row]).argmax())
     return _figures(found, shape, (row, *_unravel(column, shape[1:])))
 
 
 def _figures(sums: Sums, shape: tuple[int, ...], max_abs_at: tuple[int, ...]) -> Distance:
-    rr, cc, dd = (float(part.sum()) for part in (sums.row_rr, sums.row_cc, sums.row_dd))
-    token, token_at = _worst(sums.row_dd, sums.row_rr)
-    channel, channel_at = _worst(sums.col_dd, sums.col_rr)
-    mse = dd / (len(sums.rows) * math.prod(shape[1:]))
-    largest = float(sums.row_max_r.max())
+    rr, cc, dd = sums.by_row[:3].sum(axis=1).tolist()
+    max_abs, largest = sums.by_row[3:].max(axis=1).tolist()
+    row_rr, row_cc, row_dd = sums.by_row[:3]
+    token, token_at = _worst(row_dd, row_rr, rr)
+    channel, channel_at = _worst(sums.by_column[1], sums.by_column[0], rr)
+    tokens, low = len(sums.rows), LOW_NORM**2 * rr / len(sums.rows)
+    # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
+    cosines = _cosine((row_rr + row_cc - row_dd) / 2, row_rr, row_cc)
+    if (row_rr < low).any():
+        cosines[(row_rr < low) & (row_dd <= low)] = 1.0
+    mse = dd / (tokens * math.prod(shape[1:]))
     return Distance(
-        cosine=float(_cosine(*(np.array(part) for part in ((rr + cc - dd) / 2, rr, cc)))),
-        worst_token_cosine=_worst_cosine(sums), cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr),
-        worst_token=token, worst_token_at=int(sums.rows[token_at]), worst_channel=channel,
-        worst_channel_at=_unravel(channel_at, shape[1:]),
+        cosine=float(_cosine(*np.array([[(rr + cc - dd) / 2], [rr], [cc]]))[0]), worst_token_cosine=float(cosines.min()),
+        cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr), worst_token=token, worst_token_at=int(sums.rows[token_at]),
+        worst_channel=channel, worst_channel_at=_unravel(channel_at, shape[1:]),
         norm_drift=abs(math.sqrt(cc / rr) - 1.0) if rr else (math.inf if cc else 0.0),
-        max_abs=float(sums.row_max_d.max()), max_abs_at=max_abs_at,
+        max_abs=max_abs, max_abs_at=max_abs_at,
         psnr=math.inf if mse == 0 else 20 * math.log10(max(largest, 1e-300)) - 10 * math.log10(mse),
-        reference_max=largest, reference_nonfinite=0, candidate_nonfinite=0, tokens=len(sums.rows))
+        reference_max=largest, reference_nonfinite=0, candidate_nonfinite=0, tokens=tokens)
 
 
-def _worst_cosine(sums: Sums) -> float:
-    row_rc = (sums.row_rr + sums.row_cc - sums.row_dd) / 2  # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
-    usual = LOW_NORM**2 * sums.row_rr.mean()
-    low = (sums.row_rr < usual) & (sums.row_dd <= usual)
-    return float(np.where(low, 1.0, _cosine(row_rc, sums.row_rr, sums.row_cc)).min())
-
-
-def _worst(dd: np.ndarray, rr: np.ndarray) -> tuple[float, int]:
-    floor = LOW_NORM**2 * rr.mean()
-    scale = np.maximum(rr, floor)
-    ratio = np.sqrt(np.divide(dd, scale, out=np.where(dd > 0, np.inf, 0.0), where=scale > 0))
+def _worst(dd: np.ndarray, rr: np.ndarray, total: float) -> tuple[float, int]:
+    """Largest sqrt(dd / rr) and where; total: the sum of rr."""
+    floor = LOW_NORM**2 * total / len(rr)
+    if not floor:
+        return (math.inf, int(dd.argmax())) if dd.any() else (0.0, 0)
+    ratio = dd / np.maximum(rr, floor)
     at = int(ratio.argmax())
-    return float(ratio[at]), at
+    return math.sqrt(ratio[at]), at
 
 
 def _cosine(rc: np.ndarray, rr: np.ndarray, cc: np.ndarray) -> np.ndarray:
     """Of each pair of rows; 1 where both are zero, 0 where one is."""
     norms = np.sqrt(rr) * np.sqrt(cc)
+    zero = norms == 0
+    if zero.any():
+        rc, norms = np.where(zero, rr == cc, rc), np.where(zero, 1.0, norms)
     # Rounding may carry the quotient past 1 by an ulp; a cosine of 1.0001 is what float32 accumulation prints.
-    return np.clip(np.divide(rc, norms, out=np.where(rr == cc, 1.0, 0.0), where=norms > 0), -1.0, 1.0)
+    return np.clip(rc / norms, -1.0, 1.0)
 
 
 def _gap(rr: float, cc: float, dd: float) -> float:

@@ -75,7 +75,8 @@ def regions(r: np.ndarray, c: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("where", ["cache", "memory"])
-def test_ratios(name: str, where: str) -> None:
+def test_ratios(name: str, where: str, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # tests run on one core
     pairs = [tensors(name)]
     if where == "memory":
         pairs *= -(-FAR // (2 * pairs[0][0].nbytes))
