@@ -49,7 +49,9 @@ def check_report(folder: Path, bundles: list[Path], asked: Asked) -> tuple[list[
     if found:
         return [f"does not match: {sentence}" for sentence in found], ExitCode.FAIL
     speaks = f"it speaks for {' and '.join(map(str, bundles))}" if bundles else "give the bundle to check its bytes too"
-    return ([f"{certificate['outcome']}: the certificate agrees with its record, whose figures were judged again; {speaks}"],
+    by = " by a sketch of the oracle" if "sketch_of" in (record["subject"].get("oracle") or {}) else ""
+    return ([f"{certificate['outcome']}: the certificate agrees with its record, whose figures were judged again{by}; "
+             f"{speaks}"],
             exit_code(Outcome(certificate["outcome"])))
 
 

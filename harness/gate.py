@@ -13,6 +13,7 @@ from typing import Any
 from harness.bounds import Bounds, bounds_from
 from harness.errors import HarnessError
 from harness.ladder import NAMES
+from harness.plan import NOT_IN_SKETCH
 from harness.policy import Policy, policy_from
 from harness.recheck import recheck, weaker
 from harness.run import Run, run_from_record
@@ -21,6 +22,8 @@ from harness.verdict import Outcome, Verdict, exit_code, worst
 SCHEMA = 2
 CHAIN = ("checkpoint", "oracle", "cases", "bundle", "vision_bundle", "engine", "policy", "bounds", "verdicts")
 """What a decision rests on, in the order of the chain; behind these stand the other parts of the record by name."""
+BY_SKETCH = "judged by sketch, not by the whole oracle: "
+"""How the reason of such a run begins, wherever it is shown."""
 _SUBJECT = {"checkpoint", "oracle", "bundle", "vision_bundle"}
 
 
@@ -61,7 +64,8 @@ def fold(verdicts: Sequence[Verdict], policy: Policy) -> Decision:
     if outcome is Outcome.PASS and len(judged) < policy.min_cases:
         outcome = Outcome.ERROR
         reason = f"only {len(judged)} cases were judged on the decoder rung, the policy asks for {policy.min_cases}"
-    return Decision(outcome, reason or _why(outcome, rungs), rungs)
+    by = BY_SKETCH if any(verdict.seam == NOT_IN_SKETCH for verdict in verdicts) else ""
+    return Decision(outcome, by + (reason or _why(outcome, rungs)), rungs)
 
 
 def _fold_rung(name: str, verdicts: Sequence[Verdict], policy: Policy) -> RungResult:

@@ -20,6 +20,9 @@ LOW_NORM = 0.01
 """A row or channel whose norm lies below this fraction of the root-mean-square one is measured against that fraction:
 relative error of an almost empty row is noise, not evidence."""
 
+TINY = 1e-140
+"""Below this squares of float64 values vanish; no float32 value lies there."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -60,67 +63,85 @@ class Distance:
 
 def distance(reference: np.ndarray, candidate: np.ndarray) -> Distance:
     """Compare two arrays of equal shape [tokens, ...]. Raises HarnessError where shapes differ or there are no tokens."""
-    if reference.shape != candidate.shape:
-        raise HarnessError(f"shape {candidate.shape} where the reference has {reference.shape}")
-    if reference.ndim == 0 or reference.size == 0:
-        raise HarnessError(f"nothing to compare: shape {reference.shape}")
-    rows = reference.shape[0]
-    ref, cand = reference.reshape(rows, -1), candidate.reshape(rows, -1)
-    found = sums(ref, cand)
-    if not found.finite:
-        bad_ref, bad_cand = _nonfinite(ref), _nonfinite(cand)
-        if bad_ref or bad_cand:
-            return _not_finite(ref, cand, reference.shape, bad_ref, bad_cand)
-    return _figures(found, reference.shape)
+    return by_region(reference, candidate, {})["all"]
 
 
 def by_region(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str, np.ndarray]) -> dict[str, Distance]:
     """`distance` over all tokens (key "all") and over each region: index arrays of tokens, empty ones left out.
 
-    Tokens are numbered within the whole, in the regions as well.
+    Tokens are numbered within the whole, in the regions as well. Raises HarnessError as `distance` does.
     """
-    out = {"all": distance(reference, candidate)}
-    for name, index in regions.items():
-        if 0 < len(index) < reference.shape[0]:
-            part = distance(reference[index], candidate[index])
-            out[name] = replace(part, worst_token_at=int(index[part.worst_token_at]),
-                                max_abs_at=(int(index[part.max_abs_at[0]]), *part.max_abs_at[1:]))
-    return out
+    if reference.shape != candidate.shape:
+        raise HarnessError(f"shape {candidate.shape} where the reference has {reference.shape}")
+    if reference.ndim == 0 or reference.size == 0:
+        raise HarnessError(f"nothing to compare: shape {reference.shape}")
+    rows = reference.shape[0]
+    parts = {name: np.asarray(index) for name, index in regions.items() if 0 < len(index) < rows}
+    ref, cand = reference.reshape(rows, -1), candidate.reshape(rows, -1)
+    found = dict(zip(("all", *parts), sums(ref, cand, list(parts.values()))))
+    largest = float(found["all"].by_row[3:].max())
+    if 0 < largest < TINY or not found["all"].finite and not _nonfinite(ref) and not _nonfinite(cand):
+        return _rescaled(reference, candidate, parts)
+    return {name: _distance(part, ref, cand, reference.shape) for name, part in found.items()}
 
 
-def _figures(sums: Sums, shape: tuple[int, ...]) -> Distance:
-    rr, cc, dd = (float(part.sum()) for part in (sums.row_rr, sums.row_cc, sums.row_dd))
-    token, token_at = _worst(sums.row_dd, sums.row_rr)
-    channel, channel_at = _worst(sums.col_dd, sums.col_rr)
-    row_rc = (sums.row_rr + sums.row_cc - sums.row_dd) / 2  # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
-    cosine = _cosine((rr + cc - dd) / 2, rr, cc)
-    low = sums.row_rr < LOW_NORM**2 * sums.row_rr.mean()
-    row_cosines = np.array([_cosine(*row) for row in zip(row_rc, sums.row_rr, sums.row_cc)])
-    row_cosines[low & (sums.row_dd <= sums.row_rr.mean() * LOW_NORM**2)] = 1.0
-    mse = dd / math.prod(shape)
+def _rescaled(reference: np.ndarray, candidate: np.ndarray, regions: Mapping[str, np.ndarray]) -> dict[str, Distance]:
+    """Of float64 values whose squares float64 does not hold, or not in full."""
+    unit = max(float(np.abs(array).max()) for array in (reference, candidate))
+    found = by_region(reference / unit, candidate / unit, regions)
+    return {name: replace(part, max_abs=part.max_abs * unit, reference_max=part.reference_max * unit)
+            for name, part in found.items()}
+
+
+def _distance(found: Sums, ref: np.ndarray, cand: np.ndarray, shape: tuple[int, ...]) -> Distance:
+    """Of some rows of both [rows, columns]; shape: as they were before that."""
+    if not found.finite:
+        return _not_finite(found.rows, ref[found.rows], cand[found.rows], shape)
+    row = int(found.rows[found.by_row[3].argmax()])
+    column = int(np.abs(cand[row].astype(np.float64) - ref[row]).argmax())
+    return _figures(found, shape, (row, *_unravel(column, shape[1:])))
+
+
+def _figures(sums: Sums, shape: tuple[int, ...], max_abs_at: tuple[int, ...]) -> Distance:
+    rr, cc, dd = sums.by_row[:3].sum(axis=1).tolist()
+    max_abs, largest = sums.by_row[3:].max(axis=1).tolist()
+    row_rr, row_cc, row_dd = sums.by_row[:3]
+    token, token_at = _worst(row_dd, row_rr, rr)
+    channel, channel_at = _worst(sums.by_column[1], sums.by_column[0], rr)
+    tokens, low = len(sums.rows), LOW_NORM**2 * rr / len(sums.rows)
+    # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
+    cosines = _cosine((row_rr + row_cc - row_dd) / 2, row_rr, row_cc)
+    if (row_rr < low).any():
+        cosines[(row_rr < low) & (row_dd <= low)] = 1.0
+    mse = dd / (tokens * math.prod(shape[1:]))
     return Distance(
-        cosine=cosine, worst_token_cosine=float(row_cosines.min()), cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr),
-        worst_token=token, worst_token_at=token_at, worst_channel=channel,
-        worst_channel_at=_unravel(channel_at, shape[1:]),
-        norm_drift=abs(math.sqrt(cc / rr) - 1.0) if rr else (math.inf if cc else 0.0), max_abs=sums.max_abs,
-        max_abs_at=_unravel(sums.max_abs_at, shape),
-        psnr=math.inf if mse == 0 else 20 * math.log10(max(sums.reference_max, 1e-300)) - 10 * math.log10(mse),
-        reference_max=sums.reference_max, reference_nonfinite=0, candidate_nonfinite=0, tokens=shape[0])
+        cosine=float(_cosine(*np.array([[(rr + cc - dd) / 2], [rr], [cc]]))[0]), worst_token_cosine=float(cosines.min()),
+        cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr), worst_token=token, worst_token_at=int(sums.rows[token_at]),
+        worst_channel=channel, worst_channel_at=_unravel(channel_at, shape[1:]),
+        norm_drift=abs(math.sqrt(cc / rr) - 1.0) if rr else (math.inf if cc else 0.0),
+        max_abs=max_abs, max_abs_at=max_abs_at,
+        psnr=math.inf if mse == 0 else 20 * math.log10(max(largest, 1e-300)) - 10 * math.log10(mse),
+        reference_max=largest, reference_nonfinite=0, candidate_nonfinite=0, tokens=tokens)
 
 
-def _worst(dd: np.ndarray, rr: np.ndarray) -> tuple[float, int]:
-    floor = LOW_NORM**2 * rr.mean()
-    scale = np.maximum(rr, floor)
-    ratio = np.sqrt(np.divide(dd, scale, out=np.where(dd > 0, np.inf, 0.0), where=scale > 0))
+def _worst(dd: np.ndarray, rr: np.ndarray, total: float) -> tuple[float, int]:
+    """Largest sqrt(dd / rr) and where; total: the sum of rr."""
+    floor = LOW_NORM**2 * total / len(rr)
+    if not floor:
+        return (math.inf, int(dd.argmax())) if dd.any() else (0.0, 0)
+    ratio = dd / np.maximum(rr, floor)
     at = int(ratio.argmax())
-    return float(ratio[at]), at
+    return math.sqrt(ratio[at]), at
 
 
-def _cosine(rc: float, rr: float, cc: float) -> float:
-    if rr == 0.0 or cc == 0.0:
-        return 1.0 if rr == cc else 0.0
+def _cosine(rc: np.ndarray, rr: np.ndarray, cc: np.ndarray) -> np.ndarray:
+    """Of each pair of rows; 1 where both are zero, 0 where one is."""
+    norms = np.sqrt(rr) * np.sqrt(cc)
+    zero = norms == 0
+    if zero.any():
+        rc, norms = np.where(zero, rr == cc, rc), np.where(zero, 1.0, norms)
     # Rounding may carry the quotient past 1 by an ulp; a cosine of 1.0001 is what float32 accumulation prints.
-    return float(min(1.0, max(-1.0, rc / (math.sqrt(rr) * math.sqrt(cc)))))
+    return np.clip(rc / norms, -1.0, 1.0)
 
 
 def _gap(rr: float, cc: float, dd: float) -> float:
@@ -147,14 +168,15 @@ def _nonfinite(array: np.ndarray) -> int:
     return int(array.size - np.isfinite(array).sum())
 
 
-def _not_finite(ref: np.ndarray, cand: np.ndarray, shape: tuple[int, ...], bad_ref: int, bad_cand: int) -> Distance:
+def _not_finite(rows: np.ndarray, ref: np.ndarray, cand: np.ndarray, shape: tuple[int, ...]) -> Distance:
+    bad_ref, bad_cand = _nonfinite(ref), _nonfinite(cand)
     largest = float(np.abs(ref[np.isfinite(ref)]).max(initial=0.0))
-    first = int((~np.isfinite(cand)).argmax()) if bad_cand else 0
-    at = _unravel(first, shape)
+    row, column = divmod(int((~np.isfinite(cand)).argmax()) if bad_cand else 0, ref.shape[1])
+    at = (int(rows[row]), *_unravel(column, shape[1:]))
     return Distance(cosine=-1.0, worst_token_cosine=-1.0, cosine_gap=2.0, rel_l2=math.inf, worst_token=math.inf,
                     worst_token_at=at[0], worst_channel=math.inf, worst_channel_at=at[1:], norm_drift=math.inf,
                     max_abs=math.inf, max_abs_at=at, psnr=-math.inf, reference_max=largest, reference_nonfinite=bad_ref,
-                    candidate_nonfinite=bad_cand, tokens=shape[0])
+                    candidate_nonfinite=bad_cand, tokens=len(rows))
 
 
 def kl_divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:

@@ -155,6 +155,7 @@ def _header(subject: Any) -> list[str]:
     options, made, policy, checkpoint = subject.options, tool(), subject.policy, subject.checkpoint
     bundle = f"{options.bundle} ({subject.bundle.digest[:12]})" if options.bundle else f"exported now, {subject.mode}"
     oracle = f"{options.oracle} ({subject.oracle.digest[:12]})" if options.oracle else "recorded here"
+    oracle += ", a sketch: judged by sketch" if subject.by_sketch else ""
     try:
         engine = f"Core AI {version('coreai-core')}"
     except PackageNotFoundError:

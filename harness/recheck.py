@@ -67,6 +67,8 @@ def missing(run: Run) -> Iterator[str]:
         yield "no case was run on the engine"
     by_sketch = "sketch_of" in _table(subject.get("oracle"))
     plan = planned(geometry, kinds, str(subject.get("mode")), bool(exported), by_sketch)
+    if not by_sketch and any(_sketched(verdict) for verdict in run.verdicts):
+        yield "figures were judged by sketch, and the record names a whole oracle"
     counted = Counter((verdict.rung, verdict.case, verdict.seam) for verdict in run.verdicts)
     yield from (f"{rung}[{case}-{seam}] stands {count} times in the record, a rung answers once"
                 for (rung, case, seam), count in counted.items() if count > 1)
@@ -152,7 +154,8 @@ def _again(run: Run, bounds: Bounds, verdict: Verdict) -> Verdict | None:
         largest = verdict.figures.get("largest") if verdict.metric == "fraction" else None
         value = max(map(float, largest.values())) / FP16_MAX if largest else verdict.value
         return _single(verdict, value, bounds.limit(verdict.rung, verdict.metric, verdict.seam, key))
-    measured = {way: {region: (_estimate if figures.get("by") == "sketch" else _distance)(figures) for region, figures in regions.items()}
+    measured = {way: {region: (_estimate if figures.get("by") == "sketch" else _distance)(figures)
+                      for region, figures in regions.items()}
                 for way, regions in verdict.figures.items()}
     limits = bounds.at(verdict.rung, verdict.seam, key)
     if not measured or not limits:
@@ -169,6 +172,12 @@ def _engine(run: Run, verdict: Verdict) -> str:
         return ""
     hidden = _table(_table(run.subject.get("checkpoint")).get("geometry")).get("hidden")
     return engine_key(run.engine.get("name"), mode, hidden, verdict.case.endswith(SHARP))
+
+
+def _sketched(verdict: Verdict) -> bool:
+    """Whether a verdict rests on what a sketch tells."""
+    regions = [region for way in verdict.figures.values() if isinstance(way, Mapping) for region in way.values()]
+    return any(_table(figures).get("by") == "sketch" for figures in (verdict.figures, *regions))
 
 
 def _table(value: Any) -> Mapping[str, Any]:

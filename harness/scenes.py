@@ -152,7 +152,8 @@ def inside_trace(subject: Subject, case: str, seam: str) -> Trace:
 
     layer, recorded = layer_of(seam), subject.recorded(case)
     block = re.match(r"(?:decoder|vision)\.(?:layers\.\d+|deepstack\.\d+|merger)|.*", seam)[0]
-    if any(name.startswith(block + ".") and not name.endswith(".deepstack") for name in recorded.seams):
+    inside = (name.startswith(block + ".") and not name.endswith(".deepstack") for name in recorded.seams)
+    if not subject.by_sketch and any(inside):
         return recorded.trace
     with tempfile.TemporaryDirectory(prefix="harness-zoom-") as folder:
         oracle = record(subject.checkpoint, [subject.cases[case]], Path(folder) / "oracle",

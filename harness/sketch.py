@@ -20,8 +20,9 @@ Projections are computed in float64 and kept in float32, because what is measure
 them adds noise of at most 2^-24 ||r||, the floor; float16 would put it at 5e-4. The floor is part of every interval, and
 a distance below it is given as "at most".
 
-Sizes: k = C / 128 and K = T C / 128, to powers of two within 16 .. 64 (32 .. 64 where T C < 2^17) and 1024 .. 8192:
-about 1/64 of a big reference.
+Sizes: K = T C / 128 to a power of two within 1024 .. 8192; k is what a 1/52 of the reference then has room for, within
+12 .. 64, and 64 where T C < 2^17. At the prompt of the port, 211 tokens and 24 more, k is 59 at 8B's width, 13 for keys.
+A worst token is known within a factor that k alone decides: at 235 tokens 1/1.7 .. 1.8 at k = 59, 1/2.1 .. 5.2 at 13.
 What no sketch of this kind holds: single values, hence the largest difference and the worst channel; and the values to
 feed a layer with, hence local error.
 """
@@ -48,8 +49,15 @@ FLOOR = 2.0**-24
 DOUBT = 1e-4
 """Probability that a figure lies outside its interval: a gate judges hundreds of figures at once."""
 SHARE = 128
-"""One value in so many is kept, twice."""
+"""One value in so many is kept of the whole."""
 SMALL = 1 << 17
+"""Values below which a sketch need not be small."""
+SMALLER = 52
+"""Times that a sketch is smaller than a reference of SMALL values or more; 50 with the headers of files and all else."""
+BESIDE = 256
+"""Bytes that a seam's name, shape and place in the file take, and then some."""
+LEAST, MOST = 12, 64
+"""Of k."""
 _SLAB = 1 << 22
 
 
@@ -105,23 +113,27 @@ def fingerprint() -> str:
 
 
 def sizes(tokens: int, channels: int) -> tuple[int, int]:
-    """k and K for an activation of this size: a small one can afford more."""
-    least = 32 if tokens * channels < SMALL else 16
-    return _power(channels // SHARE, least, 64), _power(tokens * channels // SHARE, 1024, 8192)
+    """k and K for an activation of this size: K for the error of the whole, k as large as the rest of the room allows."""
+    values = tokens * channels
+    total = min(max(1 << max(values // SHARE, 1).bit_length() - 1, 1024), 8192)
+    if values < SMALL:
+        return MOST, total
+    room = (4 * values / SMALLER - 4 * total - BESIDE) / tokens
+    return min(max(int(room - 8) // 4, LEAST), MOST), total
 
 
-def _power(value: int, least: int, most: int) -> int:
-    return min(max(1 << max(value, 1).bit_length() - 1, least), most)
+def make(reference: np.ndarray, seed: int, sharp: bool = False) -> Sketch:
+    """Sketch an activation [T, ...]; sharp: with the largest k, whatever its size.
 
-
-def make(reference: np.ndarray, seed: int) -> Sketch:
-    """Sketch an activation [T, ...]. Raises HarnessError where it is empty or not finite: there is nothing to stand for."""
+    Raises HarnessError where it is empty or not finite: there is nothing to stand for.
+    """
     if reference.ndim == 0 or reference.size == 0:
         raise HarnessError(f"nothing to sketch: shape {reference.shape}")
     if not np.isfinite(reference).all():
         raise HarnessError("holds values that are not finite, so no sketch can stand for it")
     rows = reference.reshape(len(reference), -1)
-    squares, tokens, whole = _project(rows, seed, *sizes(*rows.shape))
+    k, total = sizes(*rows.shape)
+    squares, tokens, whole = _project(rows, seed, MOST if sharp else k, total)
     return Sketch(reference.shape, seed, squares, tokens.astype(np.float32), whole.astype(np.float32),
                   float(np.abs(rows).max()))
 

@@ -36,6 +36,16 @@ def test_cosine_of_a_large_float32_tensor_does_not_pass_one():
     assert 1 - 1e-12 < distance(array, array).cosine <= 1.0
 
 
+@pytest.mark.parametrize("unit", [1e300, 1e200, 1e-200, 1e-300])
+def test_values_whose_squares_leave_float64(unit):
+    rng = np.random.default_rng(0)
+    reference, candidate = rng.standard_normal((2, 6, 5))
+    near, far = (by_region(reference * one, candidate * one, {"text": np.arange(2, 6)}) for one in (1.0, unit))
+    for name, right in near.items():
+        assert far[name].worst_token == pytest.approx(right.worst_token)
+        assert (far[name].max_abs, far[name].max_abs_at) == (pytest.approx(right.max_abs * unit), right.max_abs_at)
+
+
 def test_one_bad_value_is_the_worst_of_everything():
     array = np.ones((3, 4), np.float32)
     bad = array.copy()

@@ -121,3 +121,28 @@ def test_what_is_not_finite_is_as_bad_as_can_be():
 def test_zeros_prove_nothing():
     zeros = np.zeros((4, 8), np.float32)
     assert sketch.by_region(sketch.make(zeros, 3), zeros, {})["all"].degenerate
+
+
+@pytest.mark.parametrize("tokens, channels", [
+    (235, 4096), (235, 1024), (235, 12288), (784, 1152), (784, 4304), (784, 4608), (196, 4096), (196, 4608),  # 8B
+    (235, 2560), (235, 9728), (196, 2560),  # 4B
+    (235, 2048), (235, 6144), (784, 1024), (784, 4096), (196, 2048), (211, 1024)])  # 2B
+def test_every_kind_of_seam_at_full_geometry_is_fifty_times_smaller(tokens, channels):
+    k, total = sketch.sizes(tokens, channels)
+    assert 50 * (tokens * (8 + 4 * k) + 4 * total + sketch.BESIDE) <= 4 * tokens * channels
+    assert k >= sketch.LEAST and total >= 1024
+
+
+@pytest.mark.parametrize("kind", ["dense", "one token", "one channel", "one value"])
+def test_intervals_hold_where_a_token_has_least_room(kind):
+    rng = np.random.default_rng(11)
+    r = reference(rng, tokens=784, channels=1024)
+    d = difference(kind, rng, r.shape)
+    c = (r + d * 1e-3 * np.linalg.norm(r) / np.linalg.norm(d)).astype(np.float32)
+    for seed in range(3):
+        held = sketch.make(r, seed)
+        assert held.tokens.shape[1] == sketch.LEAST
+        found, true = sketch.by_region(held, c, {})["all"], distance(r, c)
+        for metric in found.high:
+            value = getattr(true, metric)
+            assert found.low[metric] - 1e-12 <= value <= found.high[metric] * (1 + 1e-6) + 1e-12, metric

@@ -76,7 +76,8 @@ def scope(run: Run) -> str:
     cases = {verdict.case for verdict in run.verdicts if verdict.rung == "decoder"}
     counts = Counter(verdict.outcome.value for verdict in run.verdicts)
     parts = [f"{counts[name]:,} {WORDS[name]}" for name in ("PASS", "FAIL", "ERROR", "SKIP") if counts[name]]
-    return f"{len(run.verdicts):,} verdicts on {len(cases)} case{'s' * (len(cases) != 1)}: {', '.join(parts) or 'none'}"
+    by = " judged by sketch" if "sketch_of" in mapping(mapping(run.subject).get("oracle")) else ""
+    return f"{len(run.verdicts):,} verdicts on {len(cases)} case{'s' * (len(cases) != 1)}{by}: {', '.join(parts) or 'none'}"
 
 
 def rung_rows(judged: Judged) -> list[dict[str, Any]]:

@@ -179,7 +179,8 @@ def _sketches(case: OracleCase, of: str) -> dict[str, np.ndarray]:
     for seam in case.seams:
         for name, array in _split(seam, case.load((seam,))[seam]).items():
             with within(name):
-                made[name] = make(array, seed_of(of, case.name, name))
+                # Logits are judged for every mode of quantization, and a vocabulary is wide enough to afford it.
+                made[name] = make(array, seed_of(of, case.name, name), sharp=name == "logits")
             if name == "logits":
                 top = _top(array)
     rows = list(made.values())
