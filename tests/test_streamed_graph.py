@@ -22,7 +22,7 @@ from harness.options import Options
 from harness.oracle import record
 from harness.rungs import CHECKS, answers
 from harness.store import Oracle
-from harness.streaming import sweep
+from harness.streaming import room, sweep
 from harness.streaming.reading import WeightReader
 from harness.subject import Subject
 from harness.verdict import Outcome
@@ -85,7 +85,7 @@ def test_logits_are_filled_a_few_forwards_at_a_time(made, monkeypatch) -> None:
     calls = [lambda case=case: next(TorchGraph(model, checkpoint.geometry).run([request_of(oracle, case)]))
              for case in oracle.cases]
     expected = together([model], calls)
-    monkeypatch.setattr(sweep, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(room, "LOGITS_BYTES", 1)
     assert all(np.array_equal(left["logits"], right["logits"]) for left, right in zip(expected, together([model], calls)))
 
 
@@ -142,4 +142,4 @@ def test_steps_of_all_cases_are_taken_together(made, monkeypatch, tmp_path: Path
     for rung in ("vision", "decoder", "decode"):
         for case in CHECKS[rung].plan(subject):
             answers(CHECKS[rung], subject, case)
-    assert passes == [1, 5], "both towers in one pass; a prompt and four tokens in five"
+    assert passes == [1, 1], "both towers in one pass, and in one the prompt and four tokens, one a call"

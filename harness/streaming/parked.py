@@ -29,6 +29,15 @@ class Call:
     keywords: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Fork:
+    """Calls that a forward makes one after another. What they do to each other they do layer by layer (a cache), so at
+    each stage all of them are brought through, in their order, before the next stage."""
+
+    calls: tuple[Callable[[], Any], ...]
+    module: None = None
+
+
 class _Abandoned(BaseException):
     """Unwinds a forward that nobody drives any more."""
 
@@ -37,7 +46,7 @@ class Parked:
     """Drive it: `at` is the call it waits in (None when it is done), `go(value)` returns a value from that call."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self.at: Call | None = None
+        self.at: Call | Fork | None = None
         self.result: Any = None
         self._error: BaseException | None = None
         self._value: Any = None
@@ -65,7 +74,7 @@ class Parked:
             self._turn.release()
             self._thread.join()
 
-    def wait(self, call: Call) -> Any:
+    def wait(self, call: Call | Fork) -> Any:
         """Called in the forward's own thread."""
         self.at = call
         self._back.release()
@@ -93,6 +102,11 @@ class Parked:
 def driven() -> bool:
     """Whether this thread is a forward that somebody drives."""
     return getattr(_HERE, "forward", None) is not None
+
+
+def fork(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Results of calls that the forward of this thread makes in turn; see `Fork`."""
+    return _HERE.forward.wait(Fork(tuple(calls)))
 
 
 @contextmanager

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from harness.engines import streams
 from harness.subject.given import recorded_folder
-from harness.subject.graph import GraphSide, offered, streams
+from harness.subject.graph import GraphSide, offered
 from harness.subject.host import HostSide
 
 __all__ = ["Subject", "offered", "recorded_folder", "streams"]

@@ -73,7 +73,14 @@ class BundleSide(TwinSide):
     # The engine, in the background: `start_engine` returns at once.
 
     def start_engine(self) -> None:
-        """Begin the exports and, as soon as they are done, the runs of the bundles."""
+        """Begin the exports and, as soon as they are done, the runs of the bundles.
+
+        Where weights are too large to be held, memory and disk are for one at a time: each then begins when asked for.
+        """
+        from harness.graph.reference import large
+
+        if large(self.checkpoint):
+            return
         for bundle in filter(None, (self.shipped, self.sharp)):
             bundle.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.engines import streams
 from harness.options import factory_of
 from harness.subject.given import Given, kept
 from harness.trace import Trace, decoder_seams, vision_seams
@@ -41,11 +42,6 @@ class GraphSide(Given):
         request = Request(recorded.inputs, forced=tuple(map(int, recorded.rollout.tokens)),
                           seams=frozenset(wanted) & engine.seams())
         return next(engine.run([request], inject=recorded.trace if way == "local" else None, inject_at=stream))
-
-
-def streams(conversion: Conversion) -> bool:
-    """Whether a conversion reads its weights for each call: then calls are made together, and little of them is kept."""
-    return getattr(conversion, "streams", False)
 
 
 def offered(subject: GraphSide, case: str, seams: Sequence[str]) -> tuple[list[str], list[str]]:
