@@ -102,7 +102,8 @@ def _engine(subject: Subject, culprit: Verdict) -> tuple[None, Scene | None]:
     bundle = subject.sharp if culprit.case.endswith(SHARP) else subject.shipped
     got, tokens = value_at(bundle.trace(case), culprit.seam), subject.twin_tokens(case)
     seam = made[1] if made else culprit.seam
-    return None, scene(subject, case, seam, got, _twin_near(subject, case, tokens, seam), subject.twin(subject.grid(case)).tensors(), tokens,
+    return None, scene(subject, case, seam, got, _twin_near(subject, case, tokens, seam),
+                       subject.twin(subject.grid(case)).tensors(), tokens,
                        subject.recorded(case).inputs.length if made else None)
 
 
@@ -171,5 +172,6 @@ def inside_trace(subject: Subject, case: str, seam: str) -> Trace:
         return recorded.trace
     with tempfile.TemporaryDirectory(prefix="harness-zoom-") as folder:
         oracle = record(subject.checkpoint, [subject.cases[case]], Path(folder) / "oracle",
-                        device=subject.options.device, memory=subject.options.memory, inside="all" if layer is None else frozenset({layer}))
+                        device=subject.options.device, memory=subject.options.memory,
+                        inside="all" if layer is None else frozenset({layer}))
         return oracle.case(case).trace

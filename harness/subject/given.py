@@ -1,4 +1,4 @@
-"""What a run is given and judged by: checkpoint, cases, bounds, policy, oracle, each opened when first asked for and kept."""
+"""What a run is given and judged by: checkpoint, cases, bounds, policy, oracle; each opened when asked for, and kept."""
 
 from __future__ import annotations
 
