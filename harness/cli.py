@@ -66,6 +66,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     from harness import session
     from harness.ladder import NAMES
     from harness.run import Run
+    from harness.streaming.room import memory_used
     from harness.terminal import Screen
 
     subject = subject_of(arguments)
@@ -79,7 +80,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     whole = list(names) == list(NAMES)
     try:
         with Screen(quiet=arguments.json) as screen:
-            subject.progress = screen.step
+            subject.progress, subject.say = screen.step, screen.say
             session.climb_all(subject, run, names, screen.rung)
     finally:
         subject.close()
@@ -88,6 +89,8 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
         print(json.dumps(run.record()))
     else:
         screen.table(run, decision, names, folder)
+        if subject.swept:
+            screen.say(memory_used(subject.options.memory))
     return decision.exit_code if whole else _part(run, subject.policy)
 
 
@@ -140,7 +143,7 @@ def _calibrate(arguments: Arguments) -> int:
     check_given(subject)
     try:
         with Screen() as screen:
-            subject.progress = screen.step
+            subject.progress, subject.say = screen.step, screen.say
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()

@@ -35,14 +35,16 @@ class StreamedReference(Reference):
     """Satisfies `harness.graph.protocol.Conversion`.
 
     reader, geometry: of what is computed with, where that is not the checkpoint itself (see `harness.graph.twin`); dtype:
-    what an export rounds the positions to that it bakes.
+    what an export rounds the positions to that it bakes. vary: changes the towers in place before they are used; the head
+    is multiplied in blocks of rows whatever it does.
     Raises HarnessError where a tensor is missing, left over, or of another shape than the config says.
     """
 
     streams = True
 
     def __init__(self, checkpoint: Checkpoint, grid: tuple[int, int], reader: WeightReader | None = None,
-                 geometry: Geometry | None = None, dtype: torch.dtype = torch.float32) -> None:
+                 geometry: Geometry | None = None, dtype: torch.dtype = torch.float32,
+                 vary: Callable[[Reference], None] = lambda graph: None) -> None:
         self.geometry, self.grid = geometry or checkpoint.geometry, grid
         self.reader = reader or WeightReader(checkpoint)
         shapes = self.reader.shapes()
@@ -58,6 +60,7 @@ class StreamedReference(Reference):
         self.vision.positions = nn.Parameter(baked, requires_grad=False)
         self.decoder.embed_tokens.forward = self._look_up
         self.stages = self._stages(shapes)
+        vary(self)
         self._held = ExitStack()
         parked = [module for stage in self.stages for module in stage.modules] + [self.decoder.lm_head]
         self.real = self._held.enter_context(parking(parked))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,3 +112,9 @@ def resident() -> int:
         return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     except (OSError, TypeError):
         return 450 << 20
+
+
+def memory_used(allowed: int | None) -> str:
+    """What this process held at most, in one line; file pages that are mapped count in it, children do not."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"memory: {gib(most)} resident at most, {gib(allowed or DEFAULT)} allowed"

@@ -45,6 +45,8 @@ class Given:
     progress: Callable[[str, int, int], None] = lambda step, done, total: None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     say: Callable[[str], None] = lambda text: None
+    swept: bool = False
+    """Whether something was streamed, so that it was planned what memory that takes."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -87,7 +89,7 @@ class Given:
 
         return record(self.checkpoint, list(self.cases.values()), recorded_folder(self.checkpoint, self.options.device),
                       device=self.options.device, memory=self.options.memory,
-                      progress=lambda what, done, total: self.progress("record", done, total))
+                      progress=lambda what, done, total: self.progress("record", done, total), say=self.say)
 
     @property
     def by_sketch(self) -> bool:

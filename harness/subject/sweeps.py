@@ -24,6 +24,7 @@ def together(subject: Given, what: str, models: Sequence[StreamedReference], loa
     from harness.graph.streamed import together as swept
 
     made = plan_sweeps(models[0].stages, loads, subject.options.memory or DEFAULT)
+    subject.swept = True
     subject.say(made.describe(what))
     return [result for group in made.groups
             for result in swept(models, [calls[number] for number in group], after, made.slots)]
