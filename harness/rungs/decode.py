@@ -17,7 +17,7 @@ from harness.metrics import kl_divergence
 from harness.plan import cache_seams
 from harness.rungs import sketched
 from harness.rungs.contract import offset
-from harness.rungs.swept import swept
+from harness.rungs.swept import Judged, swept
 from harness.subject import Subject, streams
 from harness.subject.sweeps import for_all
 from harness.trace import Trace
@@ -40,9 +40,10 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
         return _measure(subject, case)
     if "decoded" not in subject.memory:
         swept(subject)  # whose positions are asked for, before the steps of all cases are taken together
-        subject.memory["decoded"] = for_all(subject, "decoding", subject.conversion,
-                                            lambda name: _measure(subject, name))
-    return subject.memory["decoded"][case]
+        found = Judged()
+        for_all(subject, "decoding", subject.conversion, lambda name: found.add(name, lambda: _measure(subject, name)))
+        subject.memory["decoded"] = found
+    return subject.memory["decoded"].verdicts(case)
 
 
 def _measure(subject: Subject, case: str) -> list[Verdict]:

@@ -6,7 +6,7 @@ hand is in memory, and the few seams of the first layers that the contract rung 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,30 @@ from harness.trace import Trace, decoder_seams, layer_of, vision_seams
 from harness.verdict import Verdict
 
 WAYS = ("local", "accumulated")
+
+
+@dataclass
+class Judged:
+    """found: verdicts by case, or what kept a case from being judged."""
+
+    found: dict[str, list[Verdict] | Exception] = field(default_factory=dict)
+
+    def verdicts(self, case: str) -> list[Verdict]:
+        """Of one case. Raises what kept it from being judged."""
+        found = self.found[case]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def add(self, case: str, judge: Callable[[], Sequence[Verdict]]) -> None:
+        """Judge something of a case, unless it has failed before: then the others go on without it."""
+        held = self.found.setdefault(case, [])
+        if isinstance(held, Exception):
+            return
+        try:
+            held.extend(judge())
+        except Exception as error:  # noqa: BLE001  it is raised again where this case is asked for
+            self.found[case] = error
 
 
 @dataclass

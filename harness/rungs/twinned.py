@@ -7,7 +7,7 @@ the largest of each seam, and the logits that choose its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,10 +17,10 @@ from harness.engines import Request
 from harness.errors import HarnessError
 from harness.plan import SHARP
 from harness.rungs.heat import token_errors
+from harness.rungs.swept import Judged
 from harness.subject import Subject
 from harness.subject.sweeps import for_all
 from harness.trace import decoder_seams
-from harness.verdict import Verdict
 
 T = TypeVar("T")
 
@@ -41,30 +41,11 @@ def peak(array: np.ndarray) -> Peak:
 
 
 @dataclass
-class Twinned:
-    """found: verdicts by case, or what kept a case from being judged. rows by case: logits [n, V] that choose the twin's
-    own tokens. heat by (case, seam): see `harness.rungs.heat`."""
+class Twinned(Judged):
+    """rows by case: logits [n, V] that choose the twin's own tokens. heat by (case, seam): see `harness.rungs.heat`."""
 
-    found: dict[str, list[Verdict] | Exception] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     heat: dict[tuple[str, str], list[float | None]] = field(default_factory=dict)
-
-    def verdicts(self, case: str) -> list[Verdict]:
-        """Of one case. Raises what kept it from being judged."""
-        found = self.found[case]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def add(self, case: str, judge: Callable[[], Sequence[Verdict]]) -> None:
-        """Judge something of a case, unless it has failed before: then the others go on without it."""
-        held = self.found.setdefault(case, [])
-        if isinstance(held, Exception):
-            return
-        try:
-            held.extend(judge())
-        except Exception as error:  # noqa: BLE001  it is raised again where this case is asked for
-            self.found[case] = error
 
 
 def forced(subject: Subject) -> Twinned:

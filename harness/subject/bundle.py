@@ -77,9 +77,7 @@ class BundleSide(TwinSide):
 
         Where weights are too large to be held, memory and disk are for one at a time: each then begins when asked for.
         """
-        from harness.graph.reference import large
-
-        if large(self.checkpoint):
+        if self.twin_streams():
             return
         for bundle in filter(None, (self.shipped, self.sharp)):
             bundle.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from harness.engines import Request, streams
+from harness.engines import Request
 from harness.errors import Undecided
 from harness.subject.given import Given, kept
 from harness.subject.sweeps import for_all
@@ -36,11 +36,10 @@ class TwinSide(Given):
         return twin(self.checkpoint, RECIPES[self.mode], grid)
 
     def twin_streams(self) -> bool:
-        """Whether the twin's weights are read for each call: then its calls are made together, and judged as they come.
+        """Whether the twin's weights are read for each call: then its calls are made together, and judged as they come."""
+        from harness.graph.reference import large
 
-        Raises what making the twin raises.
-        """
-        return streams(self.twin(self.options.grid))
+        return large(self.checkpoint)
 
     def twin_engine(self, case: str) -> TorchGraph:
         """The engine that runs the twin on a case's grid."""
