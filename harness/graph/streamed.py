@@ -111,8 +111,16 @@ class _Lazily(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        target = torch.empty(self._shapes[name])
-        self._reader.fill(name, target)
+        return self.rows(name, 0, self._shapes[name][0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, at most to its end."""
+        target = torch.empty(min(stop, self._shapes[name][0]) - start, *self._shapes[name][1:])
+        self._reader.fill(name, target, start)
         return target
 
     def __iter__(self) -> Iterator[str]:
