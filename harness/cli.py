@@ -66,7 +66,6 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     from harness import session
     from harness.ladder import NAMES
     from harness.run import Run
-    from harness.streaming.room import memory_used
     from harness.terminal import Screen
 
     subject = subject_of(arguments)
@@ -89,8 +88,8 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
         print(json.dumps(run.record()))
     else:
         screen.table(run, decision, names, folder)
-        if subject.swept:
-            screen.say(memory_used(subject.options.memory))
+        if subject.watch:
+            screen.say(subject.watch.describe(subject.options.memory))
     return decision.exit_code if whole else _part(run, subject.policy)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from harness.benign import VARIATIONS
 from harness.cases import load_cases
 from harness.checkpoint import Checkpoint
+from harness.cli import main
 from harness.engines import Request
 from harness.engines.torch_graph import TorchGraph
 from harness.errors import HarnessError
@@ -171,3 +172,17 @@ def test_steps_of_all_cases_are_taken_together(made, monkeypatch, tmp_path: Path
         for case in CHECKS[rung].plan(subject):
             answers(CHECKS[rung], subject, case)
     assert passes == [1, 1], "both towers in one pass, and in one the prompt and four tokens, one a call"
+
+
+def test_what_is_planned_and_what_was_held_is_told(made, monkeypatch, tmp_path: Path, capfd) -> None:
+    checkpoint, oracle = made
+    (tmp_path / "cases.toml").write_text(CASES)
+    monkeypatch.setattr(reference, "LARGE", 0)
+    given = ["ladder", str(checkpoint.root), "--cases", str(tmp_path / "cases.toml"), "--oracle", str(oracle.path),
+             "--rung", "decoder", "--memory", "3GiB", "--out", str(tmp_path / "out")]
+    main(given)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("memory: ")]
+    assert len(told) == 2 and "planned of 3.00 GiB allowed, 1 sweep over the weights" in told[0]
+    assert "held at most of 3.00 GiB allowed" in told[1]
+    assert main([*given[:-4], "--memory", "100MiB", *given[-2:]]) == 3
+    assert "100 MiB are too little for one call of this model" in " ".join(capfd.readouterr().out.split())

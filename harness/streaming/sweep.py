@@ -52,8 +52,9 @@ def sweep(forwards: Sequence[Parked], stages: Sequence[Stage], heads: Sequence[n
                 crew.spread()
                 after(stage.name)
             for group in _groups(_waiting(crew.all, heads), rows[-1].rows[1]):
-                for forward, logits in zip(group, _logits(group, rows, source)):
-                    crew.go(forward, logits)
+                filled = _logits(group, rows, source)
+                for forward in group:
+                    crew.go(forward, filled.pop(0))
                 after("logits")
             crew.spread()
     finally:

@@ -19,6 +19,7 @@ from harness.geometry import Geometry
 from harness.options import Options, readable
 from harness.policy import Policy, load_policy
 from harness.store import Oracle, OracleCase, open_oracle
+from harness.streaming.room import Watch
 
 RECORDED = Path(__file__).resolve().parent.parent.parent / "oracles" / "recorded"
 
@@ -45,8 +46,8 @@ class Given:
     progress: Callable[[str, int, int], None] = lambda step, done, total: None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
     say: Callable[[str], None] = lambda text: None
-    swept: bool = False
-    """Whether something was streamed, so that it was planned what memory that takes."""
+    watch: Watch | None = None
+    """Of memory, from when something was streamed first."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

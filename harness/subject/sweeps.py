@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.streaming.room import DEFAULT, Load, load, plan_sweeps
+from harness.streaming.room import DEFAULT, Load, Watch, give_back, load, plan_sweeps
 from harness.subject.given import Given
 
 if TYPE_CHECKING:
@@ -16,18 +16,20 @@ T = TypeVar("T")
 
 
 def together(subject: Given, what: str, models: Sequence[StreamedReference], loads: Sequence[Load],
-             calls: Sequence[Callable[[], T]], after: Callable[[str], None] = lambda stage: None) -> list[T]:
+             calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of calls, in order, each weight read once a pass for all that fit together; the plan is told before.
+
+    Each call is a thread, and each thread keeps what it has freed: it is handed back after every stage.
 
     Raises HarnessError where `--memory` is too little for one of them.
     """
     from harness.graph.streamed import together as swept
 
     made = plan_sweeps(models[0].stages, loads, subject.options.memory or DEFAULT)
-    subject.swept = True
+    subject.watch = subject.watch or Watch()
     subject.say(made.describe(what))
     return [result for group in made.groups
-            for result in swept(models, [calls[number] for number in group], after, made.slots)]
+            for result in swept(models, [calls[number] for number in group], lambda stage: give_back(), made.slots)]
 
 
 def load_of(subject: Given, inputs: FrozenInputs, tokens: int) -> Load:
