@@ -24,7 +24,7 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, metavar="ENGINE",
         help=f"what runs the bundle: {', '.join(ENGINES)} (default: coreai; replay runs its own program in torch)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
-    add("--memory", type=_size, metavar="SIZE", help="memory that recording may hold at once (default: 4GiB)")
+    add("--memory", type=_size, metavar="SIZE", help="memory that recording, and rungs that stream, may hold at once (default: 4GiB)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.engines import Engine, Request
+from harness.engines.shelf import laid_down
 from harness.errors import ExitCode, HarnessError, Undecided
 from harness.trace import Trace
 
@@ -93,8 +94,9 @@ class EngineJob:
             self.engine = self._make()
             fit = {case: request for case, request in self._requests.items() if self._fits(case, request)}
             for case, trace in zip(fit, self.engine.run(list(fit.values()))):
+                kept = laid_down(trace)
                 with self._changed:
-                    self._traces[case] = trace
+                    self._traces[case] = kept
                     self._changed.notify_all()
             self._stop(Undecided("the engine ended before this case"))
         except HarnessError as error:

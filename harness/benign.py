@@ -86,11 +86,11 @@ def _layer_norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
 
 
 def _fuse(parts: list[nn.Linear]) -> None:
-    weight = torch.cat([part.weight for part in parts])
+    """Joined when called: the weights of a graph that streams are not there before."""
     start = 0
     for part in parts:
         rows = slice(start, start + part.out_features)
-        part.forward = lambda x, rows=rows: F.linear(x, weight)[..., rows]
+        part.forward = lambda x, rows=rows: F.linear(x, torch.cat([one.weight for one in parts]))[..., rows]
         start += part.out_features
 
 

@@ -20,7 +20,8 @@ from harness.bounds import Bound, Bounds
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.graph.quantize import RECIPES
-from harness.graph.reference import Reference
+from harness.graph.reference import Reference, large
+from harness.graph.streamed import StreamedReference
 from harness.ladder import NAMES
 from harness.rungs import CHECKS
 from harness.rungs.engine import SHARP
@@ -52,7 +53,7 @@ def calibrate(subject: Subject, progress: Callable[[str, int, int], None] = lamb
     for done, (name, variation) in enumerate(VARIATIONS.items()):
         progress(f"variation {name}", done, len(VARIATIONS) + 1)
         varied = _Varied(subject.options, variation)
-        varied.__dict__.update(oracle=subject.oracle, bounds=_wide())
+        varied.__dict__.update(oracle=subject.oracle, bounds=_wide(), say=subject.say)
         _measure(varied, ("vision", "decoder", "decode"), samples, "*")
     given = subject.options.bundle is not None or subject.options.mode is not None
     for mode in (subject.mode,) if given else RECIPES:
@@ -66,7 +67,7 @@ def calibrate(subject: Subject, progress: Callable[[str, int, int], None] = lamb
 
 def _bundle(subject: Subject, mode: str, samples: dict[Key, list[float]]) -> None:
     made = Subject(replace(subject.options, mode=mode, work=subject.options.work / mode))
-    made.__dict__.update(oracle=subject.oracle, bounds=_wide())
+    made.__dict__.update(oracle=subject.oracle, bounds=_wide(), say=subject.say)
     try:
         made.start_engine()
         _measure(made, ("quantized",), samples, mode)
@@ -85,8 +86,11 @@ class _Varied(Subject):
     def conversion(self, grid: tuple[int, int]) -> Reference:
         """Our graph, changed in place by the variation."""
         if ("varied", grid) not in self.memory:
-            graph = Reference(self.geometry, grid, {name: value.float() for name, value in self.checkpoint.tensors()})
-            self._variation(graph)
+            if large(self.checkpoint):
+                graph: Reference = StreamedReference(self.checkpoint, grid, vary=self._variation)
+            else:
+                graph = Reference(self.geometry, grid, {name: value.float() for name, value in self.checkpoint.tensors()})
+                self._variation(graph)
             self.memory["varied", grid] = graph
         return self.memory["varied", grid]
 

@@ -79,7 +79,7 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
     whole = list(names) == list(NAMES)
     try:
         with Screen(quiet=arguments.json) as screen:
-            subject.progress = screen.step
+            subject.progress, subject.say = screen.step, screen.say
             session.climb_all(subject, run, names, screen.rung)
     finally:
         subject.close()
@@ -88,6 +88,8 @@ def _judge(arguments: Arguments, names: Sequence[str]) -> int:
         print(json.dumps(run.record()))
     else:
         screen.table(run, decision, names, folder)
+        if subject.watch:
+            screen.say(subject.watch.describe(subject.options.memory))
     return decision.exit_code if whole else _part(run, subject.policy)
 
 
@@ -140,7 +142,7 @@ def _calibrate(arguments: Arguments) -> int:
     check_given(subject)
     try:
         with Screen() as screen:
-            subject.progress = screen.step
+            subject.progress, subject.say = screen.step, screen.say
             bounds = calibrate(subject, screen.step)
     finally:
         subject.close()

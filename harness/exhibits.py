@@ -16,13 +16,15 @@ import numpy as np
 from harness.bounds import Bounds
 from harness.checkpoint import read_json
 from harness.gate import digest_of
+from harness.rungs.heat import token_errors
+from harness.rungs.swept import swept
+from harness.rungs.twinned import own
 from harness.subject import Subject, streams
 from harness.trace import decoder_seams, vision_seams
 
 SIDE, LONGEST = 224, 90_000
 """Pixels of a thumbnail's longer side, and bytes that it may take; a report of eight cases stays below 1 MB of pictures."""
 COPIED, REPEATS = 1 << 28, 5
-FLOOR = 1e-12
 POWER = Path(__file__).resolve().parent.parent / "reports" / "faults" / "power.json"
 """What `harness faults --power` has measured."""
 
@@ -37,28 +39,30 @@ def heat_rows(subject: Subject, name: str) -> list[dict[str, Any]]:
         streamed = streams(subject.conversion(subject.grid(name)))
     except Exception:  # a porter's factory may raise anything; the verdicts say what
         return []
+    kinds: list[tuple[str, str, Callable[[], tuple[Any, Any, Sequence[str]]]]] = []
+    rows: list[dict[str, Any]] = []
     if streamed:
-        return _swept(subject, name)
-    kinds: list[tuple[str, str, Callable[[], tuple[Any, Any, Sequence[str]]]]] = [
-        ("decoder", way, lambda way=way: (subject.recorded(name).trace, subject.graph_trace(name, way),
-                                          decoder_seams(subject.geometry))) for way in ("accumulated", "local")]
+        rows += _kept(subject, name, "accumulated", swept(subject).heat)
+    else:
+        kinds += [("decoder", way, lambda way=way: (subject.recorded(name).trace, subject.graph_trace(name, way),
+                                                    decoder_seams(subject.geometry))) for way in ("accumulated", "local")]
     if subject.cases[name].engine and subject.shipped.started:
-        kinds.append(("decoder", "engine", lambda: (subject.twin_trace(name, subject.twin_tokens(name)),
-                                                    subject.engine_trace(name), decoder_seams(subject.geometry))))
-    if subject.cases[name].images:
+        if subject.twin_streams():
+            rows += _kept(subject, name, "engine", own(subject).heat)
+        else:
+            kinds.append(("decoder", "engine", lambda: (subject.twin_trace(name, subject.twin_tokens(name)),
+                                                        subject.engine_trace(name), decoder_seams(subject.geometry))))
+    if subject.cases[name].images and not streamed:
         blocks = [seam for seam in vision_seams(subject.geometry) if seam.startswith(("vision.embed", "vision.layers"))]
         kinds.append(("vision", "accumulated", lambda: (subject.recorded(name).trace,
                                                         subject.graph_trace(name, "accumulated"), blocks)))
-    return [row for kind in kinds for row in _row(subject, name, *kind)]
+    return [*rows, *(row for kind in kinds for row in _row(subject, name, *kind))]
 
 
-def _swept(subject: Subject, name: str) -> list[dict[str, Any]]:
-    """The decoder's map of a graph that streams: its errors were kept, its activations were not."""
-    from harness.rungs.swept import swept
-
-    heat = swept(subject).heat
+def _kept(subject: Subject, name: str, way: str, heat: Mapping[tuple[str, str], list[float | None]]) -> list[dict[str, Any]]:
+    """The decoder's map of what streams: its errors were kept, its activations were not."""
     seams = [seam for seam in decoder_seams(subject.geometry) if (name, seam) in heat]
-    return [{"case": name, "part": "decoder", "way": "accumulated", "grid": None, "seams": seams,
+    return [{"case": name, "part": "decoder", "way": way, "grid": None, "seams": seams,
              "values": [heat[name, seam] for seam in seams]}] if seams else []
 
 
@@ -71,15 +75,7 @@ def _row(subject: Subject, name: str, part: str, way: str, made: Callable[[], An
     if held:
         grid = list(subject.grid(name)) if part == "vision" else None
         yield {"case": name, "part": part, "way": way, "grid": grid, "seams": held,
-               "values": [logarithms(reference[seam], got[seam]) for seam in held]}
-
-
-def logarithms(reference: np.ndarray, got: np.ndarray) -> list[float | None]:
-    """log10 of ||got - reference|| / ||reference|| of every token, to two decimals; None where that is no number."""
-    rows, other = (array.astype(np.float64).reshape(len(array), -1) for array in (reference, got))
-    with np.errstate(all="ignore"):
-        error = np.linalg.norm(other - rows, axis=1) / np.maximum(np.linalg.norm(rows, axis=1), 1e-30)
-        return [round(float(value), 2) if np.isfinite(value) else None for value in np.log10(np.maximum(error, FLOOR))]
+               "values": [token_errors(reference[seam], got[seam]) for seam in held]}
 
 
 def thumbnail(subject: Subject, name: str) -> str | None:

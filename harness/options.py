@@ -24,7 +24,8 @@ class Options:
 
     mode: fp16, int8lin or int8hu: of the bundle that we export (int8hu by default), or of a given one whose metadata does
     not say. grid: rows and columns of patches that the bundle is made for. work: where what is made goes. engine: what runs
-    the bundle: Apple's runtime, or replay of its own program, in an arithmetic. memory: bytes that recording may hold.
+    the bundle: Apple's runtime, or replay of its own program, in an arithmetic. memory: bytes that recording, and what streams,
+    may hold.
     """
 
     checkpoint: str | None = None

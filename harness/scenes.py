@@ -17,9 +17,9 @@ from harness.graph.contract import positions
 from harness.ladder import judge
 from harness.localize import inherited
 from harness.rungs.decode import by_layer, stepped
-from harness.rungs.engine import SHARP
+from harness.rungs.engine import SHARP, value_at
 from harness.subject import Subject
-from harness.trace import Trace, decoder_seams, layer_of, vision_seams
+from harness.trace import Trace, decoder_seams, layer_of, stream_input, vision_seams
 from harness.verdict import Outcome, Verdict
 
 
@@ -100,10 +100,26 @@ def _engine(subject: Subject, culprit: Verdict) -> tuple[None, Scene | None]:
     """A value read inside the bundle; what is right is the twin's, and so are the weights."""
     case, made = culprit.case.removesuffix(SHARP), _made(culprit.seam)
     bundle = subject.sharp if culprit.case.endswith(SHARP) else subject.shipped
-    got, tokens = bundle.trace(case), subject.twin_tokens(case)
-    return None, scene(subject, case, made[1] if made else culprit.seam, {**got.arrays, **by_layer(got).arrays}[culprit.seam],
-                       subject.twin_trace(case, tokens), subject.twin(subject.grid(case)).tensors(), tokens,
+    got, tokens = value_at(bundle.trace(case), culprit.seam), subject.twin_tokens(case)
+    seam = made[1] if made else culprit.seam
+    return None, scene(subject, case, seam, got, _twin_near(subject, case, tokens, seam),
+                       subject.twin(subject.grid(case)).tensors(), tokens,
                        subject.recorded(case).inputs.length if made else None)
+
+
+def _twin_near(subject: Subject, case: str, tokens: tuple[int, ...], seam: str) -> Trace:
+    """The twin's values that those at a seam are computed from; all of them, where they are at hand."""
+    if not subject.twin_streams():
+        return subject.twin_trace(case, tokens)
+    geometry, layer = subject.geometry, layer_of(seam)
+    tower = seam.partition(".")[0]
+    order = (*vision_seams(geometry, inside=True), *decoder_seams(geometry, inside=True))
+    near = {name for name in order if layer_of(name) == layer and name.startswith(tower)} | {
+        seam, stream_input(seam, geometry) if seam in order else None,
+        *(name for name in vision_seams(geometry) if name.startswith(("vision.deepstack", "vision.merger")))}
+    engine = subject.twin_engine(case)
+    request = Request(subject.recorded(case).inputs, forced=tokens, seams=frozenset(near) & engine.seams())
+    return next(engine.run([request]))
 
 
 class _Inside(Bounds):
@@ -157,5 +173,6 @@ def inside_trace(subject: Subject, case: str, seam: str) -> Trace:
         return recorded.trace
     with tempfile.TemporaryDirectory(prefix="harness-zoom-") as folder:
         oracle = record(subject.checkpoint, [subject.cases[case]], Path(folder) / "oracle",
-                        device=subject.options.device, inside="all" if layer is None else frozenset({layer}))
+                        device=subject.options.device, memory=subject.options.memory,
+                        inside="all" if layer is None else frozenset({layer}))
         return oracle.case(case).trace

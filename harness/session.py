@@ -40,7 +40,9 @@ def check_given(subject: Subject) -> None:
         with within(options.oracle):
             for name in subject.cases:
                 recorded = subject.recorded(name)
-                _ = recorded.inputs, recorded.rollout, recorded.load(recorded.seams)
+                _ = recorded.inputs, recorded.rollout
+                for seam in recorded.seams:
+                    recorded.load((seam,))
 
 
 def climb_all(subject: Subject, run: Run, names: Sequence[str] = NAMES,

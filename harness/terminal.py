@@ -52,7 +52,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line about a step that has no count."""
-        self._progress.console.print(f"[dim]{escape(text)}[/dim]")
+        self._progress.console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def table(self, run: Run, decision: Decision, names: Sequence[str], folder: Path) -> None:
         """The rungs, the sentence, what failed first, and how long it took."""

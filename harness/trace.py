@@ -93,7 +93,7 @@ def stream_input(seam: str, depths: Depths) -> str | None:
 class Trace(Mapping[str, np.ndarray]):
     """Arrays by seam, and plain facts about the run (times in seconds, engine name, versions)."""
 
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, seam: str) -> np.ndarray:

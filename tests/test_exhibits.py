@@ -18,11 +18,12 @@ from PIL import Image
 from harness import exhibits
 from harness.cases import Case, Turn, load_cases
 from harness.checkpoint import EMBEDDED, open_checkpoint, read_json
-from harness.exhibits import heat_rows, logarithms, thumbnail
+from harness.exhibits import heat_rows, thumbnail
 from harness.host import Preprocessing, make_patches
 from harness.report import render_html
 from harness.report.heat import _by_rows, by_case, error, heat_maps
 from harness.report.view import speed
+from harness.rungs.heat import token_errors
 from harness.rungs.weights import _lost
 from harness.run import run_from_record
 from harness.tables import Expected
@@ -31,7 +32,7 @@ from harness.tables import Expected
 def test_logarithms_are_of_each_token_and_never_nan():
     reference = np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     got = np.array([[3.0, 4.0005], [0.0, 0.0], [np.nan, 0.0], [np.inf, 1.0]])
-    assert logarithms(reference, got) == [-4.0, -12.0, None, None]
+    assert token_errors(reference, got) == [-4.0, -12.0, None, None]
 
 
 def test_patches_are_drawn_where_they_lie_on_the_image():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from command_line import CASES
 from random_models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from harness.benign import VARIATIONS
 from harness.cases import load_cases
 from harness.checkpoint import Checkpoint
+from harness.cli import main
 from harness.engines import Request
 from harness.engines.torch_graph import TorchGraph
 from harness.errors import HarnessError
@@ -22,7 +25,7 @@ from harness.options import Options
 from harness.oracle import record
 from harness.rungs import CHECKS, answers
 from harness.store import Oracle
-from harness.streaming import sweep
+from harness.streaming import room, sweep
 from harness.streaming.reading import WeightReader
 from harness.subject import Subject
 from harness.verdict import Outcome
@@ -62,6 +65,18 @@ def test_the_same_bits_as_in_memory(made, settings: dict) -> None:
     assert all(torch.equal(held[name], tensor) for name, tensor in whole.tensors().items())
 
 
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_healthy_variations_stream_too(made, name: str) -> None:
+    checkpoint, oracle = made
+    whole = reference.Reference(checkpoint.geometry, GRID, {name: value.float() for name, value in checkpoint.tensors()})
+    VARIATIONS[name](whole)
+    streamed = StreamedReference(checkpoint, GRID, vary=VARIATIONS[name])
+    request = request_of(oracle, "picture", frozenset(whole.seams()))
+    expected, found = (next(TorchGraph(graph, checkpoint.geometry).run([request])) for graph in (whole, streamed))
+    assert all(np.array_equal(found[seam], expected[seam]) for seam in expected if seam != "logits")
+    assert np.allclose(found["logits"], expected["logits"], atol=1e-5), "the head is multiplied as it always is"
+
+
 def test_each_weight_is_read_once_for_all(made, monkeypatch) -> None:
     checkpoint, oracle = made
     models = [StreamedReference(checkpoint, grid) for grid in (GRID, (8, 4))]
@@ -85,7 +100,7 @@ def test_logits_are_filled_a_few_forwards_at_a_time(made, monkeypatch) -> None:
     calls = [lambda case=case: next(TorchGraph(model, checkpoint.geometry).run([request_of(oracle, case)]))
              for case in oracle.cases]
     expected = together([model], calls)
-    monkeypatch.setattr(sweep, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(room, "LOGITS_BYTES", 1)
     assert all(np.array_equal(left["logits"], right["logits"]) for left, right in zip(expected, together([model], calls)))
 
 
@@ -102,6 +117,20 @@ def test_the_verdicts_are_those_of_the_graph_in_memory(made, monkeypatch, tmp_pa
     kept, streamed = climbed(1 << 60), climbed(0)
     assert kept == streamed and {verdict.rung for verdict in kept} == {"contract", "vision", "decoder", "decode"}
     assert sum(verdict.outcome is Outcome.PASS for verdict in kept) > 0.8 * len(kept)
+
+
+def test_fewer_calls_go_together_where_memory_is_short(made, tmp_path: Path, monkeypatch) -> None:
+    checkpoint, _ = made
+    stages, loads = StreamedReference(checkpoint, GRID).stages, [room.Load(100 << 20, 50 << 20, 10 << 20)] * 5
+    monkeypatch.setattr(room, "resident", lambda: 1 << 30)
+    plenty, short = (room.plan_sweeps(stages, loads, memory) for memory in (4 << 30, (1 << 30) + (570 << 20)))
+    assert plenty.groups == ((0, 1, 2, 3, 4),) and plenty.slots == 2 and plenty.total <= 4 << 30
+    assert short.groups == ((0, 1, 2), (3, 4)) and short.total <= short.memory
+    assert "2 sweeps over the weights" in short.describe("decoding")
+    with pytest.raises(HarnessError, match="too little for one call") as refused:
+        room.plan_sweeps(stages, loads, 1 << 30)
+    least = int(float(re.search(r"least that works is ([\d.]+) GiB", str(refused.value))[1]) * 2**30)
+    assert room.plan_sweeps(stages, loads, least).groups == ((0,), (1,), (2,), (3,), (4,))
 
 
 def test_a_call_that_fails_ends_the_others(made) -> None:
@@ -142,4 +171,18 @@ def test_steps_of_all_cases_are_taken_together(made, monkeypatch, tmp_path: Path
     for rung in ("vision", "decoder", "decode"):
         for case in CHECKS[rung].plan(subject):
             answers(CHECKS[rung], subject, case)
-    assert passes == [1, 5], "both towers in one pass; a prompt and four tokens in five"
+    assert passes == [1, 1], "both towers in one pass, and in one the prompt and four tokens, one a call"
+
+
+def test_what_is_planned_and_what_was_held_is_told(made, monkeypatch, tmp_path: Path, capfd) -> None:
+    checkpoint, oracle = made
+    (tmp_path / "cases.toml").write_text(CASES)
+    monkeypatch.setattr(reference, "LARGE", 0)
+    given = ["ladder", str(checkpoint.root), "--cases", str(tmp_path / "cases.toml"), "--oracle", str(oracle.path),
+             "--rung", "decoder", "--memory", "3GiB", "--out", str(tmp_path / "out")]
+    main(given)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("memory: ")]
+    assert len(told) == 2 and "planned of 3.00 GiB allowed, 1 sweep over the weights" in told[0]
+    assert "held at most of 3.00 GiB allowed" in told[1]
+    assert main([*given[:-4], "--memory", "100MiB", *given[-2:]]) == 3
+    assert "100 MiB are too little for one call of this model" in " ".join(capfd.readouterr().out.split())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from random_models import write_checkpoint
 
-from harness import subject as subjects
 from harness.localize import first_broken, inherited
 from harness.options import Options
 from harness.rungs import CHECKS, answers
 from harness.subject import Subject
+from harness.subject import given as subjects
 from harness.verdict import Outcome
 from harness.zoom import localize
 

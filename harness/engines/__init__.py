@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from harness.cases import FrozenInputs
 from harness.trace import Trace
@@ -48,3 +48,8 @@ class Engine(Protocol):
     def run(self, requests: Sequence[Request]) -> Iterator[Trace]:
         """One Trace a request, in order, as they come. Raises Undecided where the engine crashed, hung or is not there."""
         ...
+
+
+def streams(conversion: Any) -> bool:
+    """Whether a conversion reads its weights for each call: then calls are made together, and little of them is kept."""
+    return getattr(conversion, "streams", False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import mmap
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor
 from harness.errors import HarnessError, Undecided
 from harness.export.hollow import Pending
 from harness.export.program import Program
+from harness.streaming.room import give_back
 
 
 MOST = {torch.int8: 255, torch.float16: 2048, torch.float32: 1 << 24}
@@ -30,12 +30,6 @@ MOST = {torch.int8: 255, torch.float16: 2048, torch.float32: 1 << 24}
 
 LARGE = 1 << 22
 """Bytes of a weight whose making leaves enough freed memory behind to hand it back to the system."""
-
-
-def give_back() -> None:
-    """Hand freed memory back (glibc keeps it: 1.1 GiB at the end of an 8B export); elsewhere the allocator does so."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 class _Filling(TorchConverter):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import open_checkpoint
+from harness.checkpoint import Checkpoint, open_checkpoint
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
@@ -20,8 +20,6 @@ from harness.trace import decoder_seams, vision_seams
 TEXT, VISION = "model.language_model.", "model.visual."
 HEAD, EMBEDDING = "lm_head.weight", TEXT + "embed_tokens.weight"
 PATCH, POSITIONS = VISION + "patch_embed.proj.weight", VISION + "pos_embed.weight"
-
-
 LARGE = 4 << 30
 """Bytes of weights in float32 from which on they are not held in memory."""
 
@@ -77,11 +75,16 @@ class Reference:
 def factory(checkpoint: Path, grid: tuple[int, int]) -> Reference:
     """What `--graph harness.graph.reference:factory` calls; a checkpoint too large for that is not held in memory."""
     source = open_checkpoint(checkpoint)
-    if source.weight_bytes() > LARGE:
+    if large(source):
         from harness.graph.streamed import StreamedReference  # which is made of this module
 
         return StreamedReference(source, grid)
     return Reference(source.geometry, grid, {name: tensor.float() for name, tensor in source.tensors()})
+
+
+def large(checkpoint: Checkpoint) -> bool:
+    """Whether its weights are too large to be held in float32."""
+    return checkpoint.weight_bytes() > LARGE
 
 
 def checkpoint_name(prefix: str, name: str) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from harness.checkpoint import Checkpoint
 from harness.errors import HarnessError
+from harness.geometry import Geometry
 from harness.graph.decoder import Decoder
 from harness.graph.protocol import Tap, untapped
 from harness.graph.reference import EMBEDDING, HEAD, POSITIONS, TEXT, VISION, Reference, expect_names
 from harness.graph.vision import Vision, interpolate_positions
-from harness.streaming.parked import Parked, driven, parking
+from harness.streaming.parked import Parked, driven, fork, parking
 from harness.streaming.reading import WeightReader
 from harness.streaming.stages import Stage, head_stages, tower_stages
 from harness.streaming.sweep import merged, sweep
@@ -33,14 +34,19 @@ T = TypeVar("T")
 class StreamedReference(Reference):
     """Satisfies `harness.graph.protocol.Conversion`.
 
+    reader, geometry: of what is computed with, where that is not the checkpoint itself (see `harness.graph.twin`); dtype:
+    what an export rounds the positions to that it bakes. vary: changes the towers in place before they are used; the head
+    is multiplied in blocks of rows whatever it does.
     Raises HarnessError where a tensor is missing, left over, or of another shape than the config says.
     """
 
     streams = True
 
-    def __init__(self, checkpoint: Checkpoint, grid: tuple[int, int]) -> None:
-        self.geometry, self.grid = checkpoint.geometry, grid
-        self.reader = WeightReader(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, grid: tuple[int, int], reader: WeightReader | None = None,
+                 geometry: Geometry | None = None, dtype: torch.dtype = torch.float32,
+                 vary: Callable[[Reference], None] = lambda graph: None) -> None:
+        self.geometry, self.grid = geometry or checkpoint.geometry, grid
+        self.reader = reader or WeightReader(checkpoint)
         shapes = self.reader.shapes()
         tied = {HEAD} if self.geometry.tied and EMBEDDING in shapes else set()
         expect_names(set(shapes) | tied, self.geometry)
@@ -50,9 +56,11 @@ class StreamedReference(Reference):
         self.slots = self.decoder.slots
         table = torch.empty(shapes[POSITIONS])
         self.reader.fill(POSITIONS, table)
-        self.vision.positions = nn.Parameter(interpolate_positions(table, *grid, self.geometry.merge), requires_grad=False)
+        baked = interpolate_positions(table, *grid, self.geometry.merge).to(dtype).float()
+        self.vision.positions = nn.Parameter(baked, requires_grad=False)
         self.decoder.embed_tokens.forward = self._look_up
         self.stages = self._stages(shapes)
+        vary(self)
         self._held = ExitStack()
         parked = [module for stage in self.stages for module in stage.modules] + [self.decoder.lm_head]
         self.real = self._held.enter_context(parking(parked))
@@ -87,6 +95,11 @@ class StreamedReference(Reference):
             *arguments, tap = arguments
         return self._alone(lambda: super(StreamedReference, self).decode(*arguments, **named, tap=tap))
 
+    def in_turn(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of calls that are known beforehand and depend on those before by the cache alone: each weight is read
+        once for all of them."""
+        return fork(calls) if driven() else together([self], [lambda: fork(calls)])[0]
+
     def _alone(self, call: Callable[[], T]) -> T:
         return call() if driven() else together([self], [call])[0]
 
@@ -98,8 +111,16 @@ class _Lazily(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        target = torch.empty(self._shapes[name])
-        self._reader.fill(name, target)
+        return self.rows(name, 0, self._shapes[name][0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it."""
+        return self._shapes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, at most to its end."""
+        target = torch.empty(min(stop, self._shapes[name][0]) - start, *self._shapes[name][1:])
+        self._reader.fill(name, target, start)
         return target
 
     def __iter__(self) -> Iterator[str]:
@@ -110,11 +131,11 @@ class _Lazily(Mapping[str, Tensor]):
 
 
 def together(models: Sequence[StreamedReference], calls: Sequence[Callable[[], T]],
-             after: Callable[[str], None] = lambda stage: None) -> list[T]:
+             after: Callable[[str], None] = lambda stage: None, slots: int = SLOTS) -> list[T]:
     """Results of calls that use any of the models (of one checkpoint, for several grids), each weight read once a pass."""
     stages = merged([model.stages for model in models])
     real = {module: forward for model in models for module, forward in model.real.items()}
-    source = Streamed(models[0].reader, torch.device("cpu"), SLOTS, max(stage.elements for stage in stages), False)
+    source = Streamed(models[0].reader, torch.device("cpu"), slots, max(stage.elements for stage in stages), False)
     forwards = [Parked(call) for call in calls]
     sweep(forwards, stages, [model.decoder.lm_head for model in models], source, real, after)
     return [forward.result for forward in forwards]

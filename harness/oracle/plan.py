@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness.cases import FrozenInputs
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.drain import PENDING
+from harness.streaming.room import DEFAULT, LIBRARIES, gib, resident
 from harness.streaming.stages import Stage, head_rows
 
-DEFAULT = 4 << 30
-"""Bytes that a recording may take unless the user says otherwise."""
-LIBRARIES = 160 << 20
-"""Bytes that torch's kernels, threads and buffers take once they run, on top of what is there before (measured: 90 to 130
-MiB with 2 threads)."""
+__all__ = ["DEFAULT", "Plan", "gib", "plan"]
 CONTEXT = 1 << 30
 """Bytes that CUDA's context and the workspaces of its kernels take of a GPU."""
 
@@ -71,19 +66,6 @@ def plan(geometry: Geometry, stages: Sequence[Stage], cases: Sequence[tuple[Froz
             return found
     raise HarnessError(f"{gib(memory)} are too little for this checkpoint and {len(cases)} cases", where="--memory",
                        fix=f"the least that works is {gib(found.total + (1 << 26))}; fewer cases need less")
-
-
-def gib(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 1 << 28 else f"{size / 2**20:.0f} MiB"
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now; a usual figure where the system does not say."""
-    try:
-        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return 450 << 20
 
 
 def _shape(inputs: FrozenInputs, decode: int) -> tuple[int, int]:

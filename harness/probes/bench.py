@@ -15,17 +15,23 @@ from harness.probes import Reading
 ULP = 2.0**-23
 
 
-class Feed:
-    """A tap: keeps what comes at each seam, and hands on what is to go in there."""
+class Worst(dict[str, Reading]):
+    """The reading with the largest error at each seam; of equal ones the first."""
 
-    def __init__(self, values: Mapping[str, np.ndarray] | None = None) -> None:
-        self.values, self.seen = dict(values or {}), {}
+    def add(self, one: Reading) -> None:
+        """Of another call."""
+        if one.seam not in self or one.error > self[one.seam].error:
+            self[one.seam] = one
 
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        self.seen[name] = value.detach().to("cpu").double().numpy() if value.is_floating_point() else value.numpy()
-        if name not in self.values:
-            return value
-        return torch.from_numpy(np.ascontiguousarray(self.values[name])).to(value.dtype).reshape(value.shape)
+
+def wide(value: Tensor) -> np.ndarray:
+    """A tapped value in float64; integers as they are."""
+    return value.detach().to("cpu").double().numpy() if value.is_floating_point() else value.numpy()
+
+
+def narrow(given: np.ndarray, value: Tensor) -> Tensor:
+    """What goes in at a seam instead of a value."""
+    return torch.from_numpy(np.ascontiguousarray(given)).to(value.dtype).reshape(value.shape)
 
 
 def rows(count: int, width: int, seed: int, group: int = 1) -> np.ndarray:
@@ -45,14 +51,16 @@ def rows(count: int, width: int, seed: int, group: int = 1) -> np.ndarray:
     return made.astype(np.float32)
 
 
-def reading(seam: str, got: np.ndarray, expected: np.ndarray, allowed: np.ndarray | float, words: str) -> Reading:
-    """The largest |got - expected| / allowed, with its place."""
+def reading(seam: str, got: np.ndarray, expected: np.ndarray, allowed: np.ndarray | float, words: str,
+            first: int = 0) -> Reading:
+    """The largest |got - expected| / allowed, with its place; first: number of the first row."""
     if got.shape != expected.shape:
         return Reading(seam, float("inf"), f"{words}: shape {got.shape} where {expected.shape} is right")
     error = np.abs(got - expected) / allowed
     error = np.where(np.isfinite(error), error, np.inf)
     at = tuple(int(part) for part in np.unravel_index(int(error.argmax()), error.shape))
-    return Reading(seam, float(error[at]), f"{words}: {got[at]:.6g} where {expected[at]:.6g} is right, at {list(at)}"
+    shown = [at[0] + first, *at[1:]] if at else []
+    return Reading(seam, float(error[at]), f"{words}: {got[at]:.6g} where {expected[at]:.6g} is right, at {shown}"
                    if error[at] > 1 else f"{words}: {got.size} values")
 
 
@@ -72,23 +80,26 @@ def of_row(expected: np.ndarray, share: float) -> np.ndarray:
     return np.maximum(share * np.abs(expected).max(-1, keepdims=True), 1e-9)
 
 
-def cache_for(geometry: Geometry, context: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-    """A cache of zeros, or of random values that no call has written."""
-    shape = (geometry.layers, 1, geometry.kv_heads, context, geometry.head_dim)
-    if seed is None:
-        return torch.zeros(shape), torch.zeros(shape)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+def cache_for(geometry: Geometry, context: int, seed: int | None = None, shared: bool = False) -> tuple[Tensor, Tensor]:
+    """A cache of zeros, or of random values that no call has written.
+
+    shared: all layers write to one layer's memory, for a call that is read layer by layer.
+    """
+    whole = (geometry.layers, 1, geometry.kv_heads, context, geometry.head_dim)
+    shape = (1, *whole[1:]) if shared else whole
+    generator = torch.Generator().manual_seed(seed or 0)
+    made = [torch.zeros(shape) if seed is None else torch.randn(shape, generator=generator) for _ in range(2)]
+    return made[0].expand(whole), made[1].expand(whole)
 
 
 def decode(conversion: Any, ids: np.ndarray, total: int, image: tuple[Tensor, Tensor], shift: tuple[int, int],
            cache: tuple[Tensor, Tensor], feed: Any) -> np.ndarray:
-    """One call of the decoder on ids [S] at positions total - S .. total - 1; logits [S, V] float64."""
+    """One call of the decoder on ids [S] at positions total - S .. total - 1; logits [S, V] float32."""
     start, amount = (torch.tensor([value], dtype=torch.int32) for value in shift)
     ramp = torch.arange(total, dtype=torch.int32)[None]
     with torch.no_grad():
         logits = conversion.decode(torch.from_numpy(ids.astype(np.int32))[None], ramp, *image, start, amount, cache, feed)
-    return logits[0].double().numpy()
+    return logits[0].float().numpy()
 
 
 def image_rows(conversion: Any, geometry: Geometry, seed: int | None) -> tuple[Tensor, Tensor]:

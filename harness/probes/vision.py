@@ -6,8 +6,8 @@ their scores: a constant offset of all coordinates is no fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 
 from harness.checkpoint import Checkpoint
 from harness.graph.vision import LAYER_NORM_EPS, ROPE_THETA, block_major
-from harness.probes import MERGER_OPS, VISION_OPS, Reading, formulas
-from harness.probes.bench import Feed, lacks, of_row, reading, rows
+from harness.probes import MERGER_OPS, VISION_OPS, Call, Reading, formulas
+from harness.probes.bench import lacks, narrow, of_row, reading, rows, wide
 
 VISION = "model.visual"
 ROW = 1e-5
@@ -28,10 +28,51 @@ NEEDS = {"norm1": (), "norm2": ("attn.out",), "attn.q_rope": ("norm1", "attn.k_r
 Arrays = dict[str, np.ndarray]
 
 
-def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> Iterator[Reading]:
-    """Readings of every operation of every block and merger."""
+class Tower:
+    """One call of `encode`; every operation of every block and merger is read in it, block by block."""
+
+    def __init__(self, conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> None:
+        self.conversion, self.checkpoint, self.grid = conversion, checkpoint, grid
+        self.values = _Values(checkpoint, grid)
+        wanted = _wanted(checkpoint, grid)
+        self.missing = {seam: lacks(conversion, seam, *needed) for seam, (needed, _) in wanted.items()}
+        self.read = {seam: read for seam, (_, read) in wanted.items() if self.missing[seam] is None}
+        self.found: dict[str, Reading] = {}
+        self.seen: Arrays = {}
+        self.calls = [Call(self._encode, 0, patches=grid[0] * grid[1])] if self.read else []
+
+    def readings(self) -> Iterator[Reading]:
+        """Of every operation of every block and merger."""
+        for seam, missing in self.missing.items():
+            yield missing or self.found[seam]
+
+    def _encode(self) -> None:
+        with torch.no_grad():
+            self.conversion.encode(torch.from_numpy(_patches(self.checkpoint, self.grid)), self._tap)
+        self._look()
+
+    def _tap(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        if self.seen and _block_of(name) != _block_of(next(iter(self.seen))):
+            self._look()
+        if name in self.read:
+            self.seen[name] = wide(value)
+        return narrow(self.values[name], value) if name in self.values else value
+
+    def _look(self) -> None:
+        """Read what one block has shown, and let go of it."""
+        for seam in self.seen:
+            self.found[seam] = self.read[seam](self)
+        self.seen.clear()
+
+
+def _block_of(name: str) -> str:
+    return ".".join(name.split(".")[:3 if "layers" in name or "deepstack" in name else 2])
+
+
+def _wanted(checkpoint: Checkpoint, grid: tuple[int, int]) -> dict[str, tuple[list[str], Callable[[Tower], Reading]]]:
+    """By seam: where values must go in, and how it is read."""
     geometry = checkpoint.geometry
-    wanted: dict[str, tuple[list[str], Callable[[Feed], Reading]]] = {
+    wanted: dict[str, tuple[list[str], Callable[[Tower], Reading]]] = {
         "vision.embed": ([], partial(_embed, checkpoint, grid))}
     for layer in range(geometry.vision_layers):
         name = f"vision.layers.{layer:02d}"
@@ -44,17 +85,7 @@ def readings(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> 
         for op in MERGER_OPS:
             needed = [f"vision.layers.{layer:02d}" if op == "norm" else f"{name}.fc1"]
             wanted[f"{name}.{op}"] = needed, partial(_merger, checkpoint, name, op, layer)
-    missing = {seam: lacks(conversion, seam, *needed) for seam, (needed, _) in wanted.items()}
-    feed = Feed() if all(missing.values()) else _encoded(conversion, checkpoint, grid)
-    for seam, (_, read) in wanted.items():
-        yield missing[seam] or read(feed)
-
-
-def _encoded(conversion: Any, checkpoint: Checkpoint, grid: tuple[int, int]) -> Feed:
-    feed = Feed(_values(checkpoint, grid))
-    with torch.no_grad():
-        conversion.encode(torch.from_numpy(_patches(checkpoint, grid)), feed)
-    return feed
+    return wanted
 
 
 def _patches(checkpoint: Checkpoint, grid: tuple[int, int]) -> np.ndarray:
@@ -65,7 +96,7 @@ def _patches(checkpoint: Checkpoint, grid: tuple[int, int]) -> np.ndarray:
     return made.repeat(geometry.temporal_patch, axis=2).reshape(count, -1).astype(np.float32)
 
 
-def _embed(checkpoint: Checkpoint, grid: tuple[int, int], feed: Feed) -> Reading:
+def _embed(checkpoint: Checkpoint, grid: tuple[int, int], feed: Tower) -> Reading:
     weight = _tensor(checkpoint, "patch_embed.proj.weight").reshape(checkpoint.geometry.vision_hidden, -1)
     place = block_major(*grid, checkpoint.geometry.merge).numpy()
     learned = formulas.resampled(_tensor(checkpoint, "pos_embed.weight"), *grid)[place[:, 0], place[:, 1]]
@@ -74,30 +105,52 @@ def _embed(checkpoint: Checkpoint, grid: tuple[int, int], feed: Feed) -> Reading
                    "patches, every second one empty, and positions")
 
 
-def _values(checkpoint: Checkpoint, grid: tuple[int, int]) -> Arrays:
-    geometry, count = checkpoint.geometry, grid[0] * grid[1]
-    generator = np.random.default_rng(5)
-    size = geometry.vision_hidden // geometry.vision_heads
-    values = {"vision.embed": rows(count, geometry.vision_hidden, 11, geometry.merge**2)}
-    for layer in range(geometry.vision_layers):
-        name = f"vision.layers.{layer:02d}"
-        values[name] = rows(count, geometry.vision_hidden, 12 + layer, geometry.merge**2)
-        values[f"{name}.norm1"] = generator.standard_normal((count, geometry.vision_hidden))
-        values[f"{name}.attn.out"] = np.zeros((count, geometry.vision_hidden))
-        for part in ("q_rope", "k_rope", "v"):
-            values[f"{name}.attn.{part}"] = generator.standard_normal((count, geometry.vision_heads, size))
-        values[f"{name}.mlp.fc1"] = generator.uniform(-6, 6, (count, geometry.vision_intermediate))
-    joined = geometry.vision_hidden * geometry.merge**2
-    for name in ("vision.merger", *(f"vision.deepstack.{tap}" for tap in range(len(geometry.deepstack_taps)))):
-        values[f"{name}.fc1"] = generator.uniform(-6, 6, (count // geometry.merge**2, joined))
-    return {name: value.astype(np.float32) for name, value in values.items()}
+class _Values(Mapping[str, np.ndarray]):
+    """What goes in at each seam, float32, made when it is asked for; the few last ones are kept."""
+
+    def __init__(self, checkpoint: Checkpoint, grid: tuple[int, int]) -> None:
+        geometry, self._count = checkpoint.geometry, grid[0] * grid[1]
+        self._width, self._group = geometry.vision_hidden, geometry.merge**2
+        heads = (geometry.vision_heads, geometry.vision_hidden // geometry.vision_heads)
+        names = [f"vision.layers.{layer:02d}" for layer in range(geometry.vision_layers)]
+        self._streams = {name: 11 + place for place, name in enumerate(("vision.embed", *names))}
+        self._shapes = {f"{name}.{part}": (self._count, *shape) for name in names for part, shape in (
+            ("norm1", (self._width,)), ("attn.out", (self._width,)), ("attn.q_rope", heads), ("attn.k_rope", heads),
+            ("attn.v", heads), ("mlp.fc1", (geometry.vision_intermediate,)))}
+        for name in ("vision.merger", *(f"vision.deepstack.{tap}" for tap in range(len(geometry.deepstack_taps)))):
+            self._shapes[f"{name}.fc1"] = (self._count // self._group, self._width * self._group)
+        self._seeds = {name: (5, place) for place, name in enumerate(self._shapes)}
+        self._made = lru_cache(12)(self._make)
+
+    def _make(self, name: str) -> np.ndarray:
+        if name in self._streams:
+            return rows(self._count, self._width, self._streams[name], self._group)
+        generator, shape = np.random.default_rng(self._seeds[name]), self._shapes[name]
+        if name.endswith("attn.out"):
+            return np.zeros(shape, np.float32)
+        drawn = generator.uniform(-6, 6, shape) if name.endswith("fc1") else generator.standard_normal(shape)
+        return drawn.astype(np.float32)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._streams and name not in self._shapes:
+            raise KeyError(name)
+        return self._made(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._streams or name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._streams, *self._shapes))
+
+    def __len__(self) -> int:
+        return len(self._streams) + len(self._shapes)
 
 
 def _tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return checkpoint.tensor(f"{VISION}.{name}").double().numpy()
 
 
-def _block(checkpoint: Checkpoint, grid: tuple[int, int], layer: int, op: str, before: str, feed: Feed) -> Reading:
+def _block(checkpoint: Checkpoint, grid: tuple[int, int], layer: int, op: str, before: str, feed: Tower) -> Reading:
     geometry, name = checkpoint.geometry, f"vision.layers.{layer:02d}"
     seam, held = f"{name}.{op}", f"blocks.{layer}"
     got = feed.seen[seam]
@@ -115,7 +168,7 @@ def _block(checkpoint: Checkpoint, grid: tuple[int, int], layer: int, op: str, b
     return _rope(feed, checkpoint, grid, layer, seam)
 
 
-def _rope(feed: Feed, checkpoint: Checkpoint, grid: tuple[int, int], layer: int, seam: str) -> Reading:
+def _rope(feed: Tower, checkpoint: Checkpoint, grid: tuple[int, int], layer: int, seam: str) -> Reading:
     geometry, name, held = checkpoint.geometry, f"vision.layers.{layer:02d}", f"blocks.{layer}.attn.qkv"
     x = feed.values[f"{name}.norm1"].astype(np.float64)
     fused = x @ _tensor(checkpoint, f"{held}.weight").T + _tensor(checkpoint, f"{held}.bias")
@@ -127,7 +180,7 @@ def _rope(feed: Feed, checkpoint: Checkpoint, grid: tuple[int, int], layer: int,
     return reading(seam, got, right, 1e-5 * np.abs(right).max(), "scores of rotated q and k over all patches")
 
 
-def _merger(checkpoint: Checkpoint, name: str, op: str, layer: int, feed: Feed) -> Reading:
+def _merger(checkpoint: Checkpoint, name: str, op: str, layer: int, feed: Tower) -> Reading:
     seam = f"{name}.{op}"
     if op == "act":
         expected = formulas.gelu_exact(feed.values[f"{name}.fc1"])

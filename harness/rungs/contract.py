@@ -6,14 +6,18 @@ Behind the cases stand the probes: every operation on inputs that no prompt has,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from harness.graph.contract import positions
 from harness.ladder import exact
-from harness.probes import planned
+from harness.probes import Call, planned
 from harness.rungs.swept import swept
+from harness.streaming.room import load
 from harness.subject import Subject, streams
+from harness.subject.sweeps import together
 from harness.verdict import Outcome, Verdict
 
 NAME, PROBES = "contract", "probes"
@@ -67,8 +71,9 @@ def _probes(subject: Subject) -> list[Verdict]:
     """Each reading as a verdict; its figure counts in what float32 rounding may cost there, so the bound is 1."""
     from harness.probes import probe
 
-    verdicts = []
-    for one in probe(subject.conversion(subject.options.grid), subject.checkpoint, subject.options.grid):
+    verdicts, graph = [], subject.conversion(subject.options.grid)
+    make = partial(_together, subject, graph) if streams(graph) else None
+    for one in probe(graph, subject.checkpoint, subject.options.grid, make):
         if one.error is None:
             verdicts.append(Verdict(NAME, PROBES, one.seam, Outcome.SKIP, one.lacking))
             continue
@@ -76,6 +81,12 @@ def _probes(subject: Subject) -> list[Verdict]:
                                 "roundings", one.error, 1.0,
                                 figures={"place": one.place} if one.place else {}))
     return verdicts
+
+
+def _together(subject: Subject, graph: Any, calls: Sequence[Call]) -> None:
+    """Calls of a graph that streams, each weight read once for all that fit into memory at once."""
+    loads = [load(subject.geometry, call.tokens, call.patches, call.slots, call.layers) for call in calls]
+    together(subject, "probes", [graph], loads, [call.run for call in calls])
 
 
 def _deepstack(case: str, tap: int, trace: Mapping[str, np.ndarray], image: np.ndarray) -> Verdict:

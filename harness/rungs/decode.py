@@ -17,12 +17,15 @@ from harness.metrics import kl_divergence
 from harness.plan import cache_seams
 from harness.rungs import sketched
 from harness.rungs.contract import offset
-from harness.rungs.swept import for_all, swept
+from harness.rungs.swept import Judged, swept
 from harness.subject import Subject, streams
+from harness.subject.sweeps import for_all
 from harness.trace import Trace
 from harness.verdict import Outcome, Verdict
 
 NAME = "decode"
+BLOCK = 1 << 22
+"""Logits compared at a time."""
 
 
 def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
@@ -37,8 +40,10 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
         return _measure(subject, case)
     if "decoded" not in subject.memory:
         swept(subject)  # whose positions are asked for, before the steps of all cases are taken together
-        subject.memory["decoded"] = for_all(subject, lambda name: _measure(subject, name))
-    return subject.memory["decoded"][case]
+        found = Judged()
+        for_all(subject, "decoding", subject.conversion, lambda name: found.add(name, lambda: _measure(subject, name)))
+        subject.memory["decoded"] = found
+    return subject.memory["decoded"].verdicts(case)
 
 
 def _measure(subject: Subject, case: str) -> list[Verdict]:
@@ -101,12 +106,19 @@ def _turned(subject: Subject, case: str, cache: Trace) -> Trace:
 
 def divergence(rung: str, case: str, reference: np.ndarray, candidate: np.ndarray, limit: float) -> Verdict:
     """Verdict on the largest KL(reference || candidate) over all positions, in nats."""
-    kl = kl_divergence(reference, candidate)
+    # In blocks of rows: in float64, and several times over, all logits of a large vocabulary are some GB.
+    kl = np.concatenate([kl_divergence(*pair) for pair in zip(_blocks(reference), _blocks(candidate), strict=True)]) \
+        if reference.shape == candidate.shape and len(reference) else kl_divergence(reference, candidate)
     worst = int(kl.argmax())
     agree = float((reference.argmax(-1) == candidate.argmax(-1)).mean())
     return Verdict(rung, case, "kl", Outcome.PASS if kl[worst] <= limit else Outcome.FAIL,
                    f"KL at most {kl[worst]:.3g} nats, at position {worst}; top-1 agrees on {agree:.1%}", "kl",
                    float(kl[worst]), limit, figures={"mean": float(kl.mean()), "top1": agree, "at": worst})
+
+
+def _blocks(logits: np.ndarray) -> list[np.ndarray]:
+    step = max(1, BLOCK // logits.shape[1])
+    return [logits[start:start + step] for start in range(0, len(logits), step)]
 
 
 def by_layer(trace: Mapping[str, np.ndarray]) -> Trace:

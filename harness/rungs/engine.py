@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from harness.ladder import judge
 from harness.plan import SHARP, with_cache
-from harness.rungs.decode import by_layer
+from harness.rungs import twinned
+from harness.shipped import Shipped
 from harness.subject import Subject
-from harness.trace import Trace, vision_seams
+from harness.trace import vision_seams
 from harness.verdict import Outcome, Verdict
 
 NAME = "engine"
@@ -33,16 +36,41 @@ def plan(subject: Subject) -> Mapping[str, Sequence[str]]:
 def measure(subject: Subject, case: str) -> list[Verdict]:
     """The engine's trace against the twin's, both teacher-forced on the twin's greedy tokens."""
     planned, name = plan(subject)[case], case.removesuffix(SHARP)
-    bundle = subject.shipped if name == case else subject.sharp
-    engine, twin = bundle.trace(name), subject.twin_trace(name, subject.twin_tokens(name))
-    got = Trace({**engine.arrays, **by_layer(engine).arrays}).only(planned)
-    have = [seam for seam in planned if seam in got]
-    reference = {**twin.arrays, **by_layer(twin).arrays}
-    key = subject.engine_key if bundle is subject.shipped else bundle.key
-    verdicts = judge(NAME, case, have, reference, {"": got}, subject.bounds, engine=key,
-                     regions=subject.regions(name)) if have else []
+    bundle = bundle_of(subject, case)
+    engine = bundle.trace(name)
+    if subject.twin_streams():
+        found = twinned.own(subject).verdicts(case)
+    else:
+        twin = subject.twin_trace(name, subject.twin_tokens(name))
+        found = [verdict for seam in planned for verdict in at(subject, case, seam, twin)]
     promised = bundle.engine.seams()
-    return verdicts + [Verdict(NAME, case, seam, Outcome.ERROR, "the engine was to read this value and did not")
-                       if seam in promised or seam.startswith("kv.") else
-                       Verdict(NAME, case, seam, Outcome.SKIP, "no seam index says where the bundle holds this value")
-                       for seam in planned if seam not in got]
+    return found + [Verdict(NAME, case, seam, Outcome.ERROR, "the engine was to read this value and did not")
+                    if seam in promised or seam.startswith("kv.") else
+                    Verdict(NAME, case, seam, Outcome.SKIP, "no seam index says where the bundle holds this value")
+                    for seam in planned if value_at(engine, seam) is None]
+
+
+def bundle_of(subject: Subject, case: str) -> Shipped:
+    """The bundle that a case of this rung looks into."""
+    return subject.sharp if case.endswith(SHARP) else subject.shipped
+
+
+def at(subject: Subject, case: str, seam: str, twin: Mapping[str, np.ndarray]) -> list[Verdict]:
+    """The verdict at one seam; none where the engine did not read it."""
+    name, bundle = case.removesuffix(SHARP), bundle_of(subject, case)
+    got, reference = value_at(bundle.trace(name), seam), value_at(twin, seam)
+    if got is None:
+        return []
+    key = bundle.key if case.endswith(SHARP) else subject.engine_key
+    return judge(NAME, case, [seam], {} if reference is None else {seam: reference}, {"": {seam: got}}, subject.bounds,
+                 engine=key, regions=subject.regions(name))
+
+
+def value_at(trace: Mapping[str, np.ndarray], seam: str) -> np.ndarray | None:
+    """What a trace holds at a seam, a layer's cache included, or None."""
+    layer = seam.rpartition(".")[2]
+    whole = seam.removesuffix(f".{layer}")
+    if seam.startswith("kv.") and whole in trace:
+        states = trace[whole]
+        return states[int(layer)].transpose(1, 0, 2) if int(layer) < len(states) else None
+    return trace[seam] if seam in trace else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from harness.greedy import greedy
 from harness.ladder import judge
-from harness.rungs import sketched
+from harness.rungs import sketched, twinned
 from harness.rungs.decode import divergence
 from harness.subject import Subject
 from harness.trace import decoder_seams
@@ -28,17 +31,28 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
         allowed = mode in subject.policy.modes
         return [Verdict(NAME, case, "mode", Outcome.PASS if allowed else Outcome.FAIL,
                         f"{mode} is {'' if allowed else 'not '}among the policy's modes")]
-    recorded = subject.recorded(case)
-    tokens, first = tuple(map(int, recorded.rollout.tokens)), recorded.inputs.length - 1
-    trace = subject.twin_trace(case, tokens)
+    if subject.twin_streams():
+        return twinned.forced(subject).verdicts(case)
+    trace, reference = subject.twin_trace(case, subject.oracle_tokens(case)), subject.recorded(case).trace
+    return [*(verdict for seam in decoder_seams(subject.geometry) for verdict in at(subject, case, seam, reference, trace)),
+            *choices(subject, case, reference, trace["logits"])]
+
+
+def at(subject: Subject, case: str, seam: str, oracle: Mapping[str, Any], twin: Mapping[str, np.ndarray]) -> list[Verdict]:
+    """The verdict at one seam."""
+    given = {seam: twin[seam]} if seam in twin else {}
+    return judge(NAME, case, [seam], oracle, {"": given}, subject.bounds, engine=subject.mode,
+                 regions=subject.regions(case))
+
+
+def choices(subject: Subject, case: str, oracle: Mapping[str, Any], logits: np.ndarray) -> list[Verdict]:
+    """KL and tokens, from the twin's logits [T, V]."""
+    recorded, mode = subject.recorded(case), subject.mode
+    tokens, first = recorded.rollout.tokens, recorded.inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens", mode)
-    seams = decoder_seams(subject.geometry)
-    verdicts = judge(NAME, case, seams, recorded.trace, {"": trace.only(seams)}, subject.bounds, engine=mode,
-                     regions=subject.regions(case))
     if subject.by_sketch:
-        return [*verdicts, sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
-                sketched.greedy_by_top(NAME, case, subject, rows, recorded.rollout.tokens, trace["logits"], tie)]
-    oracle, price = recorded.trace["logits"], subject.bounds.limit(NAME, "kl", "kl", mode)
-    return [*verdicts, divergence(NAME, case, oracle, trace["logits"], price),
-            greedy(NAME, case, "tokens", recorded.rollout.tokens, oracle[rows], trace["logits"][rows], tie)]
+        return [sketched.no_divergence(NAME, case), *sketched.lacking(subject, NAME, case),
+                sketched.greedy_by_top(NAME, case, subject, rows, tokens, logits, tie)]
+    return [divergence(NAME, case, oracle["logits"], logits, subject.bounds.limit(NAME, "kl", "kl", mode)),
+            greedy(NAME, case, "tokens", tokens, oracle["logits"][rows], logits[rows], tie)]

@@ -6,20 +6,44 @@ hand is in memory, and the few seams of the first layers that the contract rung 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from harness.ladder import judge
+from harness.rungs.heat import token_errors
 from harness.subject import Subject
-from harness.sums import sums
+from harness.subject.sweeps import load_of, together
 from harness.trace import Trace, decoder_seams, layer_of, vision_seams
 from harness.verdict import Verdict
 
 WAYS = ("local", "accumulated")
-T = TypeVar("T")
+
+
+@dataclass
+class Judged:
+    """found: verdicts by case, or what kept a case from being judged."""
+
+    found: dict[str, list[Verdict] | Exception] = field(default_factory=dict)
+
+    def verdicts(self, case: str) -> list[Verdict]:
+        """Of one case. Raises what kept it from being judged."""
+        found = self.found[case]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def add(self, case: str, judge: Callable[[], Sequence[Verdict]]) -> None:
+        """Judge something of a case, unless it has failed before: then the others go on without it."""
+        held = self.found.setdefault(case, [])
+        if isinstance(held, Exception):
+            return
+        try:
+            held.extend(judge())
+        except Exception as error:  # noqa: BLE001  it is raised again where this case is asked for
+            self.found[case] = error
 
 
 @dataclass
@@ -38,23 +62,6 @@ def swept(subject: Subject) -> Swept:
     return subject.memory["swept"]
 
 
-def for_all(subject: Subject, call: Callable[[str], T]) -> dict[str, T]:
-    """call(case) for every case, each weight read once a pass for all of them."""
-    from harness.graph.streamed import together
-
-    cases = list(subject.cases)
-    grids = dict.fromkeys(subject.grid(case) for case in cases)
-    results = together([subject.conversion(grid) for grid in grids], [lambda case=case: call(case) for case in cases])
-    return dict(zip(cases, results))
-
-
-def token_errors(reference: np.ndarray, got: np.ndarray) -> list[float | None]:
-    """log10 of each token's relative error, two digits; None where it is not finite."""
-    found = sums(*(array.reshape(len(array), -1) for array in (reference, got)))
-    error = np.sqrt(found.row_dd) / np.maximum(np.sqrt(found.row_rr), 1e-30)
-    return [round(float(value), 2) if np.isfinite(value) else None for value in np.log10(np.maximum(error, 1e-12))]
-
-
 class _Sweep:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.found = subject, Swept()
@@ -65,13 +72,12 @@ class _Sweep:
             seam.startswith("decoder.layers.") and layer_of(seam) < taps))}
 
     def run(self) -> Swept:
-        from harness.graph.streamed import together
-
         subject = self.subject
         grids = dict.fromkeys(subject.grid(case) for case in subject.cases)
+        held = [subject.recorded(case) for case in subject.cases]
+        loads = [load_of(subject, one.inputs, len(one.rollout.tokens)) for one in held for _ in WAYS]
         calls = [self._call(case, way) for case in subject.cases for way in WAYS]
-        together([subject.conversion(grid) for grid in grids], calls, lambda stage: self._judge())
-        self._judge()
+        together(subject, "local and accumulated error", [subject.conversion(grid) for grid in grids], loads, calls)
         return self.found
 
     def _call(self, case: str, way: str) -> Callable[[], None]:
@@ -86,7 +92,7 @@ class _Sweep:
             if way == "accumulated" and seam in self.kept:
                 self.found.traces.setdefault(case, Trace()).arrays[seam] = values
             if seam in self.stream:
-                self.waiting.setdefault((case, seam), {})[way] = values
+                self._judge(case, seam, way, values)
 
         def call() -> None:
             inject: Any = recorded.lazily() if way == "local" else None
@@ -94,15 +100,17 @@ class _Sweep:
 
         return call
 
-    def _judge(self) -> None:
-        """Judge each seam that both ways have answered, and let go of it."""
-        subject = self.subject
-        for case, seam in [key for key, values in self.waiting.items() if len(values) == len(WAYS)]:
-            values = self.waiting.pop((case, seam))
-            reference = subject.recorded(case).load((seam,))
-            rung = "vision" if seam.startswith("vision.") else "decoder"
-            self.found.verdicts.setdefault((rung, case), []).extend(judge(
-                rung, case, [seam], reference, {way: {seam: values[way]} for way in WAYS}, subject.bounds,
-                regions=subject.regions(case)))
-            if rung == "decoder" and seam in reference:
-                self.found.heat[case, seam] = token_errors(reference[seam], values["accumulated"])
+    def _judge(self, case: str, seam: str, way: str, values: np.ndarray) -> None:
+        """Judge a seam as soon as both ways have answered, and let go of it."""
+        subject, held = self.subject, self.waiting.setdefault((case, seam), {})
+        held[way] = values
+        if len(held) < len(WAYS):
+            return
+        del self.waiting[case, seam]
+        reference = subject.recorded(case).load((seam,))
+        rung = "vision" if seam.startswith("vision.") else "decoder"
+        self.found.verdicts.setdefault((rung, case), []).extend(judge(
+            rung, case, [seam], reference, {way: {seam: held[way]} for way in WAYS}, subject.bounds,
+            regions=subject.regions(case)))
+        if rung == "decoder" and seam in reference:
+            self.found.heat[case, seam] = token_errors(reference[seam], held["accumulated"])

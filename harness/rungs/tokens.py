@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from harness.greedy import greedy
+from harness.rungs import twinned
 from harness.subject import Subject
 from harness.verdict import Verdict
 
@@ -24,5 +25,6 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
     first = subject.recorded(case).inputs.length - 1
     rows = slice(first, first + len(tokens))
     tie = subject.bounds.limit(NAME, "tie_margin", "tokens", subject.engine_key)
-    twin, engine = subject.twin_trace(case, tokens), subject.engine_trace(case)
-    return [greedy(NAME, case, "tokens", np.array(tokens), twin["logits"][rows], engine["logits"][rows], tie)]
+    engine = subject.engine_trace(case)
+    twin = twinned.own(subject).rows[case] if subject.twin_streams() else subject.twin_trace(case, tokens)["logits"][rows]
+    return [greedy(NAME, case, "tokens", np.array(tokens), twin, engine["logits"][rows], tie)]

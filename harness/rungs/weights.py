@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,34 +51,41 @@ def measure(subject: Subject, case: str) -> list[Verdict]:
 def _graph(subject: Subject) -> list[Verdict]:
     import torch
 
-    held = dict(subject.conversion(subject.options.grid).tensors())
-    verdicts = []
+    held = subject.conversion(subject.options.grid).tensors()  # of a graph that streams, each is read when asked for
+    left, verdicts = set(held), []
     for name, stored in subject.checkpoint.tensors():
         if name not in held:
             verdicts.append(Verdict(NAME, "graph", name, Outcome.FAIL, "the graph under test does not hold this tensor"))
             continue
-        tensor = held.pop(name)
-        if tensor.shape != stored.shape:
-            verdicts.append(Verdict(NAME, "graph", name, Outcome.FAIL,
-                                    f"shape {tuple(tensor.shape)} where {tuple(stored.shape)} is right"))
+        left.discard(name)
+        by_rows = hasattr(held, "rows")
+        tensor = None if by_rows else held[name]
+        shape = held.shape(name) if by_rows else tuple(tensor.shape)
+        if shape != tuple(stored.shape):
+            verdicts.append(Verdict(NAME, "graph", name, Outcome.FAIL, f"shape {shape} where {tuple(stored.shape)} is right"))
             continue
-        verdicts.append(_verdict(name, tensor, stored))
+        verdicts.append(_verdict(name, partial(held.rows, name) if by_rows else partial(_part, tensor), stored,
+                                 "float32" if by_rows else str(tensor.dtype).removeprefix("torch.")))
     geometry = subject.geometry
-    if geometry.tied and torch.equal(held.get("lm_head.weight", torch.empty(0)),
-                                     subject.checkpoint.tensor(EMBEDDING).to(torch.float32)):
-        held.pop("lm_head.weight")  # a tied head held twice is the same head
-    return [*verdicts, extra_verdict("graph", sorted(held))]
+    if geometry.tied and "lm_head.weight" in left and torch.equal(
+            held["lm_head.weight"], subject.checkpoint.tensor(EMBEDDING).to(torch.float32)):
+        left.discard("lm_head.weight")  # a tied head held twice is the same head
+    return [*verdicts, extra_verdict("graph", sorted(left))]
 
 
-def _verdict(name: str, tensor: Tensor, stored: Tensor) -> Verdict:
-    """Two tensors of one shape, compared in blocks of rows."""
+def _part(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows; the whole of a tensor that has none."""
+    return tensor[start:stop] if tensor.ndim else tensor
+
+
+def _verdict(name: str, rows_of: Callable[[int, int], Tensor], stored: Tensor, held: str) -> Verdict:
+    """Two tensors of one shape, compared in blocks of rows. held: the dtype of the graph's."""
     import torch
 
     count, first, rows = 0, None, []
     step = max(1, BLOCK * len(stored) // max(stored.numel(), 1)) if stored.ndim else 1
     for start in range(0, len(stored) if stored.ndim else 1, step):
-        part = slice(start, start + step) if stored.ndim else ()
-        unlike = tensor[part].to("cpu").float() != stored[part].float()
+        unlike = rows_of(start, start + step).to("cpu").float() != _part(stored, start, start + step).float()
         if not unlike.any():
             continue
         wrong = torch.nonzero(unlike)
@@ -87,7 +95,7 @@ def _verdict(name: str, tensor: Tensor, stored: Tensor) -> Verdict:
     reason = f"{stored.numel()} values equal" if not count else \
         f"{count} of {stored.numel()} values differ, the first at {first}; rows {rows}"
     return Verdict(NAME, "graph", name, Outcome.FAIL if count else Outcome.PASS, reason, "mismatches", float(count), 0.0,
-                   figures={"stored": str(tensor.dtype).removeprefix("torch.")})
+                   figures={"stored": held})
 
 
 def _bundle(subject: Subject) -> list[Verdict]:

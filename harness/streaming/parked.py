@@ -29,6 +29,15 @@ class Call:
     keywords: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Fork:
+    """Calls that a forward makes one after another. What they do to each other they do layer by layer (a cache), so at
+    each stage all of them are brought through, in their order, before the next stage."""
+
+    calls: tuple[Callable[[], Any], ...]
+    module: None = None
+
+
 class _Forward(greenlet):
     """Known by its class: a program that uses us may run in a greenlet of its own."""
 
@@ -40,7 +49,7 @@ class Parked:
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self.at: Call | None = None
+        self.at: Call | Fork | None = None
         self.result: Any = None
         self._line = _Forward(lambda _: run())
         self.go(None)  # to its first wait
@@ -66,6 +75,11 @@ class Parked:
 def driven() -> bool:
     """Whether this is a forward that somebody drives."""
     return isinstance(getcurrent(), _Forward)
+
+
+def fork(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Results of calls that the forward that runs here makes in turn; see `Fork`."""
+    return getcurrent().parent.switch(Fork(tuple(calls)))
 
 
 @contextmanager

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.streaming.parked import Parked
+from harness.streaming import room
+from harness.streaming.parked import Fork, Parked
 from harness.streaming.stages import Place, Stage
 from harness.streaming.weights import Source
 
-LOGITS_BYTES = 1 << 29
-"""Bytes of logits that are filled at a time; the head is read once for each such group of forwards."""
 Real = Mapping[nn.Module, Callable[..., Any]]
 
 
@@ -38,25 +37,65 @@ def sweep(forwards: Sequence[Parked], stages: Sequence[Stage], heads: Sequence[n
     stage has been computed for all that waited there. Raises what a forward raises; those that are not done are ended.
     """
     body, rows = [stage for stage in stages if not stage.rows], [stage for stage in stages if stage.rows]
-    passes = 0
+    passes, crew = 0, Crew(forwards)
     try:
-        while any(forward.at is not None for forward in forwards):
+        crew.spread()
+        while any(forward.at is not None for forward in crew.all):
             passes += 1
-            first = min((place for place, stage in enumerate(body) if _waiting(forwards, stage.modules)), default=len(body))
+            first = min((place for place, stage in enumerate(body) if _waiting(crew.all, stage.modules)),
+                        default=len(body))
             for stage, _ in source.stages(body[first:]):
-                for forward in forwards:
+                for forward in crew.all:
                     while forward.at is not None and forward.at.module in stage.modules:
                         call = forward.at
-                        forward.go(real[call.module](*call.arguments, **call.keywords))
+                        crew.go(forward, real[call.module](*call.arguments, **call.keywords))
+                crew.spread()
                 after(stage.name)
-            for group in _groups(_waiting(forwards, heads), rows[-1].rows[1]):
-                for forward, logits in zip(group, _logits(group, rows, source)):
-                    forward.go(logits)
+            for group in _groups(_waiting(crew.all, heads), rows[-1].rows[1]):
+                filled = _logits(group, rows, source)
+                for forward in group:
+                    crew.go(forward, filled.pop(0))
                 after("logits")
+            crew.spread()
     finally:
-        for forward in forwards:
+        for forward in crew.all:
             forward.close()
     return passes
+
+
+class Crew:
+    """Forwards under way, and those that they have forked, behind them and in order."""
+
+    def __init__(self, forwards: Sequence[Parked]) -> None:
+        self.all = list(forwards)
+        self._children: dict[Parked, list[Parked]] = {}
+        self._parent: dict[Parked, Parked] = {}
+
+    def go(self, forward: Parked, value: Any) -> None:
+        """Return a value from the call that a forward waits in; where it was the last of a fork, that goes on too."""
+        forward.go(value)
+        if forward in self._parent:
+            self._join(self._parent[forward])
+
+    def spread(self) -> None:
+        """Start the calls of new forks, each behind the forward that makes it; let go of what is done."""
+        self.all[:] = [one for one in self.all if one.at is not None]
+        while new := [one for one in self.all if isinstance(one.at, Fork) and one not in self._children]:
+            for forward in new:
+                place, children = self.all.index(forward), self._children.setdefault(forward, [])
+                for call in forward.at.calls:
+                    children.append(Parked(call))
+                    self.all.insert(place + len(children), children[-1])
+                    self._parent[children[-1]] = forward
+                self._join(forward)
+
+    def _join(self, forward: Parked) -> None:
+        children = self._children[forward]
+        if any(child.at is not None for child in children) or len(children) < len(forward.at.calls):
+            return
+        for child in self._children.pop(forward):
+            del self._parent[child]
+        self.go(forward, [child.result for child in children])
 
 
 def _waiting(forwards: Sequence[Parked], modules: Sequence[nn.Module]) -> list[Parked]:
@@ -65,10 +104,10 @@ def _waiting(forwards: Sequence[Parked], modules: Sequence[nn.Module]) -> list[P
 
 def _groups(forwards: Sequence[Parked], vocab: int) -> list[list[Parked]]:
     groups: list[list[Parked]] = []
-    size = LOGITS_BYTES
+    size = room.LOGITS_BYTES
     for forward in forwards:
         bytes_ = 4 * vocab * forward.at.arguments[0].shape[-2]
-        if size + bytes_ > LOGITS_BYTES:
+        if size + bytes_ > room.LOGITS_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(forward)
