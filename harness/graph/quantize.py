@@ -73,10 +73,15 @@ RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (
 def to_fp16(name: str, weight: Tensor) -> Tensor:
     """Round a weight to fp16, as an export does. Raises HarnessError where it holds NaN or leaves fp16's range."""
     rounded = weight.to(torch.float16)
-    if not rounded.isfinite().all():
+    if not _finite(rounded):
         raise HarnessError("has values that are not finite in fp16 (the largest fp16 is 65504)", where=name,
                            fix="check the checkpoint; nothing is clipped silently")
     return rounded
+
+
+def _finite(half: Tensor) -> bool:
+    """Of fp16: below the bits of infinity, sign apart. An eighth of the time of `isfinite`, which audits wait for."""
+    return not half.numel() or int(half.contiguous().view(torch.int16).bitwise_and(0x7FFF).amax()) < 0x7C00
 
 
 def expected_codes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -97,7 +102,7 @@ def _quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     blocks = weight.to(torch.float16).float().unflatten(1, (-1, scheme.block))
     half = (scheme.high - scheme.low) / 2
     scale = (blocks.abs().amax(-1) / half).to(torch.float16).clamp(min=LEAST_SCALE)
-    codes = (blocks / scale.float()[..., None]).round().clamp(scheme.low, scheme.high)
+    codes = blocks.div_(scale.float()[..., None]).round_().clamp_(scheme.low, scheme.high)
     return codes.to(torch.int8).flatten(1), scale
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from harness.ladder import judge
 from harness.subject import Subject
+from harness.sums import sums
 from harness.trace import Trace, decoder_seams, layer_of, vision_seams
 from harness.verdict import Verdict
 
@@ -49,8 +50,8 @@ def for_all(subject: Subject, call: Callable[[str], T]) -> dict[str, T]:
 
 def token_errors(reference: np.ndarray, got: np.ndarray) -> list[float | None]:
     """log10 of each token's relative error, two digits; None where it is not finite."""
-    reference, got = (array.astype(np.float64).reshape(len(array), -1) for array in (reference, got))
-    error = np.linalg.norm(got - reference, axis=1) / np.maximum(np.linalg.norm(reference, axis=1), 1e-30)
+    found = sums(*(array.reshape(len(array), -1) for array in (reference, got)))
+    error = np.sqrt(found.row_dd) / np.maximum(np.sqrt(found.row_rr), 1e-30)
     return [round(float(value), 2) if np.isfinite(value) else None for value in np.log10(np.maximum(error, 1e-12))]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.audit import Finding, audit
+from harness.audit import Each, Finding, audit
 from harness.plan import EXTRA
 from harness.rungs import constants
 from harness.rungs.planned import expected
@@ -28,7 +28,7 @@ SUBNORMAL = 2.0**-14
 EMBEDDING = "model.language_model.embed_tokens.weight"
 BLOCK = 1 << 22
 """Values of the graph compared at a time."""
-SAMPLE = 1 << 20
+SAMPLE = 1 << 17
 """Values of a tensor that its quantization error is taken over."""
 
 
@@ -93,8 +93,10 @@ def _verdict(name: str, tensor: Tensor, stored: Tensor) -> Verdict:
 def _bundle(subject: Subject) -> list[Verdict]:
     tables = [table for program in subject.programs() for table in program.weights]
     wanted = expected(subject)
-    price = {one.name: {"quantization": _lost(one)} for one in wanted if one.quantized}
-    findings, extra = _fold_positions(wanted, tables)
+    with one_thread_each() as each:
+        coded = [one for one in wanted if one.quantized]
+        price = {one.name: {"quantization": lost} for one, lost in zip(coded, each(_lost, coded))}
+        findings, extra = _fold_positions(wanted, tables, each)
     verdicts = [Verdict(NAME, "bundle", one.name, Outcome.FAIL if one.wrong else Outcome.PASS, one.reason, "mismatches",
                         float(one.wrong), 0.0,
                         figures={"stored": one.stored, "rows": list(one.rows)} | price.get(one.name, {}))
@@ -119,15 +121,14 @@ def _lost(item: Expected) -> float:
     return math.sqrt(lost / kept) if kept else 0.0
 
 
-def _fold_positions(wanted: list[Expected], tables: list) -> tuple[list[Finding], list]:
+def _fold_positions(wanted: list[Expected], tables: list, each: Each) -> tuple[list[Finding], list]:
     """The audit, with the patch bias folded into the baked positions where the converter has done that.
 
     Both are constants added to every patch, so one table can hold their sum, within the rounding of fp16.
     The converter's addition takes subnormal terms for zero: one in 7 of the tiny model's 37632 sums, both in 2 of the
     903168 of a tower of the 8B's width.
     """
-    with one_thread_each() as each:
-        findings, extra = audit(wanted, tables, each)
+    findings, extra = audit(wanted, tables, each)
     if all(one.at is not None for one in findings if one.name == PATCH_BIAS):
         return findings, extra
     parts = {one.name: one.value(0, one.shape[0]).astype(np.float64) for one in wanted
