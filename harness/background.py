@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.apart import INSIDE
 from harness.engines import Engine, Request
 from harness.engines.shelf import laid_down
 from harness.errors import ExitCode, HarnessError, Undecided
@@ -32,7 +33,7 @@ class ExportJob:
         command = [sys.executable, "-m", "harness.cli", "export", "--json", "--overwrite", "--out", str(out), *arguments]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                                       text=True, errors="replace", env=os.environ | {"PYTHONPATH": path})
+                                       text=True, errors="replace", env=os.environ | {"PYTHONPATH": path, INSIDE: "1"})
         self._lock, self._done = threading.Lock(), None
 
     def result(self) -> dict[str, Any]:

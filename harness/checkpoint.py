@@ -85,16 +85,30 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored, memory-mapped. Raises HarnessError where the checkpoint has none of that name."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if name not in self._files:
             raise HarnessError("the checkpoint has no such tensor", where=f"{self.root}: {name}")
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(self._files[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise HarnessError(f"cannot be read ({error})", where=f"{self._files[name]}: {name}",
+                               fix="download the shard again") from error
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors, by sorted name."""
         return ((name, self.tensor(name)) for name in self.names())
+
+    def unchanged(self) -> None:
+        """Raises HarnessError where a weight file is another than when the checkpoint was opened."""
+        for path, known in self.stamps.items():
+            try:
+                same = stamp(path.stat()) == known
+            except OSError:  # gone, which is a change as well
+                same = False
+            if not same:
+                raise HarnessError("the checkpoint changed while it was read", where=path, fix="run the command again")
 
     @property
     def digest(self) -> str:

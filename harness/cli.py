@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import __version__
 from harness import arguments as takes
-from harness import checking
+from harness import apart, checking
 from harness.errors import ExitCode, HarnessError
 
 if TYPE_CHECKING:
@@ -232,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.command = shlex.join(["harness", *(sys.argv[1:] if argv is None else argv)])
     try:
         with _killed_as_interrupted():
+            if argv is None and arguments.verb in APART and not apart.watched():
+                return apart.run(sys.argv[1:])
             return int(VERBS[arguments.verb].run(arguments))
     except HarnessError as error:
         return _complain(arguments.verb, str(error), error.exit_code)
@@ -248,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                          f"({Path(at.filename).name}, line {at.lineno}); nothing was decided", ExitCode.UNDECIDED)
 
 
+APART = ("export",)
+"""Verbs that convert: their libraries may end the process."""
 INTERRUPTED = dict.fromkeys(("gate", "ladder", "calibrate", "record"),
                             "what was recorded is kept, run the same command to go on")
 

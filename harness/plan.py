@@ -17,7 +17,7 @@ VISION_OPS = ("norm1", "attn.q_rope", "attn.k_rope", "attn.context", "norm2", "m
 MERGER_OPS = ("norm", "act")
 CALLS = ("calls.chunked", "calls.repeated", "calls.slots")
 CONSTANTS = ("norm.eps", "vision.eps", "attention.scale", "vision.scale", "gelu.flavour", "mask.fill", "rope.frequencies",
-             "vision.rope", "rope.positions")
+             "vision.rope", "rope.positions", "norm.statistics", "attention.softmax")
 SIZES = ("off-grid", "halves", "long", "small", "large")
 """Images of sizes that no case has, see `harness.probes.images`."""
 TOKENIZER = ("vocabulary", "merges", "template")

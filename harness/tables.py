@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,12 +67,13 @@ class Expected:
 
 
 class View:
-    """A table as a matrix: as it lies or, where a converter folds the transposition in, transposed."""
+    """A table as a matrix: as it lies (a kernel of a convolution with one row a channel that it makes) or, where a converter
+    folds the transposition in, transposed."""
 
     def __init__(self, table: Table, transposed: bool = False) -> None:
         self.table, self.transposed = table, transposed
         sides = [side for side in table.shape if side != 1] or [1]
-        lies = (1, *sides) if len(sides) == 1 else tuple(sides)
+        lies = (1, *sides) if len(sides) == 1 else (sides[0], math.prod(sides[1:]))
         self.shape: tuple[int, ...] = lies[::-1] if transposed else lies
         self._plain = not transposed and tuple(table.shape) == lies
 
@@ -102,11 +104,9 @@ class View:
 
 
 def views(table: Table) -> Iterable[View]:
-    """The ways in which a table of one or two axes can hold a tensor."""
-    axes = sum(side != 1 for side in table.shape)
-    if axes <= 2:
-        yield View(table)
-    if axes == 2:
+    """The ways in which a table can hold a tensor."""
+    yield View(table)
+    if sum(side != 1 for side in table.shape) == 2:
         yield View(table, transposed=True)
 
 

@@ -67,6 +67,17 @@ def test_a_healthy_program_holds_everything_and_nothing_else():
     assert not wrong(findings) and not extra and [one.name for one in findings] == NAMES
 
 
+def test_a_kernel_of_a_convolution_is_a_matrix():
+    """A patch embedding may be exported as the convolution that it is: [made, channels, 1, 2, 2]."""
+    value = half(16, 12)
+    findings, extra = audit([of("patch", value), *EXPECTED], [*tables(), Table(value.reshape(16, 3, 1, 2, 2), 99)])
+    assert not wrong(findings) and not extra
+    stale = value.copy()
+    stale[5, 7] += 1
+    findings, _ = audit([of("patch", value)], [Table(stale.reshape(16, 3, 1, 2, 2), 99)])
+    assert (findings[0].wrong, findings[0].rows) == (1, (5,))
+
+
 def test_a_transposed_and_a_fused_table_are_healthy():
     held = tables()
     held[0] = Table(np.ascontiguousarray(held[0].values.T), 0)

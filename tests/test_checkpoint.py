@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -125,3 +126,22 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HarnessError, match="hub did not give it"):
         open_checkpoint("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("change", ["bytes", "gone"])
+def test_a_file_that_changed_since_it_was_opened_is_named(tmp_path, change):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    checkpoint.unchanged()
+    path, = checkpoint.files
+    path.unlink() if change == "gone" else path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(HarnessError, match="model.safetensors: the checkpoint changed while it was read"):
+        checkpoint.unchanged()
+
+
+def test_a_file_that_is_cut_short_behind_its_header_is_one_sentence(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    checkpoint.files[0].write_bytes(b"\0" * 16)
+    with pytest.raises(HarnessError, match="model.safetensors: .*: cannot be read .*; download the shard again"):
+        checkpoint.tensor(checkpoint.names()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -298,6 +299,46 @@ def test_a_full_disk_is_one_sentence(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(HarnessError, match="bundle: cannot be written .No space left on device."):
         with folder.whole(target, overwrite=False):
             raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "held").write_text("old")
+    rename = os.rename
+
+    def refuse(source, place):
+        if place == target and source.name != "bundle":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, place)
+
+    monkeypatch.setattr(folder.os, "rename", refuse)
+    with pytest.raises(HarnessError, match="bundle: cannot be written"):
+        with folder.whole(target, overwrite=True) as draft:
+            (draft / "held").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (target / "held").read_text() == "old"
+
+
+def test_a_checkpoint_that_changes_while_it_is_exported_is_refused(tmp_path):
+    source = Checkpoint(write_checkpoint(tmp_path / "model", layers=LAYERS))
+
+    def say(text):
+        if text == "export: trace decoder":  # the vision tower is written by now
+            with source.files[0].open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(b"\0\0")
+
+    with pytest.raises(HarnessError, match="the checkpoint changed while it was read"):
+        export(source, tmp_path / "out", "fp16", grid=GRID, context=CONTEXT, progress=say)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_left_of_a_killed_index_is_cleared(tmp_path):
+    target = tmp_path / "made_decode_fp16_s1"
+    (tmp_path / f".{target.name}-123.seams.json").write_text("{")
+    folder.clear_away(target)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["errors quiet fused", "sums", "metrics verdict tables", "sketch", "trace geometry", "checkpoint",
          "cases bundle threads synth drafts", "streaming", "graph.contract", "store host graph", "engines",
          "oracle export engines.*", "bounds plan ladder greedy localize audit", "policy run", "recheck signing", "gate",
-         "options attest", "background", "shipped", "benign", "subject", "probes", "rungs causes", "scenes",
+         "options attest apart", "background", "shipped", "benign", "subject", "probes", "rungs causes", "scenes",
          "zoom report calibrate exhibits", "session rerender", "faults", "terminal doctor arguments checking", "commands",
          "cli pytest_plugin"]
 HOMES = {"coreai_torch": {"export"}, "coreai_opt": {"export"}, "coreai": {"engines.*", "export"},

@@ -5,7 +5,6 @@ Only structure is decoded here. Bad bytes abort the bindings, and with them this
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.engines.program import DTYPES, QUANTIZED, Use
+from harness.engines import bindings
+from harness.engines.program import QUANTIZED, Use
 from harness.engines.worker import Desk, serve
-from harness.errors import HarnessError, Undecided
+from harness.errors import HarnessError
 
 VIEWS = {"transpose", "reshape", "cast", "broadcast_to", "broadcast_in_dims", "expand_dims", "shrink_dims", "slice"}
 """Operations that hand a constant on; what consumes their result uses the constant."""
@@ -40,8 +40,7 @@ class Walk:
         from coreai._compiler import ir
 
         self.ir = ir
-        graphs = [operation.operation for operation in module.body.operations]
-        self.graphs = {_symbol(graph): graph for graph in graphs if "sym_name" in graph.attributes}
+        self.graphs = bindings.graphs(module)
         self.constants: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
         self.attributes: list[dict[str, Any]] = []
@@ -52,7 +51,7 @@ class Walk:
 
     def entry(self) -> None:
         """Walk `main`, or the only public graph."""
-        public = [name for name, graph in self.graphs.items() if "private" not in _text(graph, "sym_visibility")]
+        public = [name for name, graph in self.graphs.items() if "private" not in bindings.text(graph, "sym_visibility")]
         public = ["main"] if "main" in public else public
         if len(public) != 1:
             raise HarnessError(f"its graphs are {', '.join(sorted(self.graphs)) or 'none'}; there is no main")
@@ -103,7 +102,7 @@ class Walk:
 
     def _settings(self, operation: Any, name: str, composite: str | None) -> None:
         if name == "gelu":
-            self._note(name, composite, "approximate", "tanh" if "tanh" in _text(operation, "approximate") else "none")
+            self._note(name, composite, "approximate", "tanh" if "tanh" in bindings.text(operation, "approximate") else "none")
 
     def _note(self, name: str, composite: str | None, meaning: str, value: Any) -> None:
         self.attributes.append({"op": name, "at": self._at, "writes": self._writes, "composite": composite,
@@ -117,19 +116,14 @@ class Walk:
         self.codes[data] = tuple(companions)
 
     def _invoke(self, operation: Any, stack: tuple[str, ...]) -> None:
-        callee = re.search(r'@("[^"]+"|[\w.$-]+)', _text(operation, "callee"))[1].strip('"')
-        if callee in stack:
-            raise HarnessError(f"graph {callee} calls itself", where=" > ".join(stack))
-        if callee not in self.graphs:
-            raise HarnessError(f"graph {callee} is called, but not there", where=" > ".join(stack))
+        callee = bindings.called(operation, self.graphs, stack)
         graph = self.graphs[callee]
         arguments, block = list(operation.operands), graph.regions[0].blocks[0]
         for argument, operand in zip(block.arguments, arguments):
             self._from.pop(argument, None)
             if operand in self._from:
                 self._from[argument] = self._from[operand]
-        named = re.search(r'composite_declaration<"([^"]+)"', _text(graph, "composite_decl"))
-        self._graph(graph, named[1] if named else callee, (*stack, callee))
+        self._graph(graph, bindings.composite(graph) or callee, (*stack, callee))
 
     def _constant(self, operation: Any) -> int:
         attribute = operation.attributes["value"]
@@ -140,27 +134,13 @@ class Walk:
         index, shape = len(self.constants), [kind.get_dim_size(axis) for axis in range(kind.rank)]
         row = {"index": index, "dtype": str(kind.element_type), "shape": shape, "resource": None, "uses": []}
         if self.ir.DenseResourceElementsAttr.isinstance(attribute):
-            row["resource"] = re.match(r'dense_resource<"?([^>"]+)"?>', str(attribute))[1]
+            row["resource"] = bindings.resource(attribute, f"{row['dtype']}{shape}")
         else:
-            values = self._dense(attribute, row["dtype"], shape)
+            values = bindings.dense(self.ir, attribute, row["dtype"], shape)
             if values is not None:
                 self.arrays[f"c{index}"] = values
         self.constants.append(row)
         return index
-
-    def _dense(self, attribute: Any, dtype: str, shape: list[int]) -> np.ndarray | None:
-        """The values, or one element for a splat; None for a dtype that numpy lacks."""
-        if dtype not in DTYPES:
-            return None
-        dense = self.ir.DenseElementsAttr(attribute)
-        if 0 in shape:
-            return np.zeros(shape, DTYPES[dtype])
-        if dense.is_splat:
-            return np.full([1] * len(shape), dense.get_splat_value().value, DTYPES[dtype])
-        if dtype == "i1":
-            bits = self.ir.DenseIntElementsAttr(attribute)
-            return np.array([bool(bits[place]) for place in range(len(bits))]).reshape(shape)
-        return np.array(dense).astype(DTYPES[dtype]).reshape(shape)
 
 
 def _meaning(operation: Any, name: str, number: int) -> str:
@@ -172,22 +152,9 @@ def _meaning(operation: Any, name: str, number: int) -> str:
     return "scale" if name == "broadcasting_mul" else f"operand {number}"
 
 
-def _symbol(graph: Any) -> str:
-    return _text(graph, "sym_name").strip('"')
-
-
-def _text(operation: Any, name: str) -> str:
-    """An attribute as the bindings print it, "" where it is missing."""
-    return str(operation.attributes[name]) if name in operation.attributes else ""
-
-
 def _work(desk: Desk) -> None:
-    try:
-        from coreai.authoring.asset import AIModelAsset
-    except ImportError as error:
-        raise Undecided(f"Core AI's bindings cannot be imported ({error})", fix="pip install coreai-core") from error
-    program = AIModelAsset.load(Path(desk.job["asset"])).program
-    walk = Walk(program._module._mlir_module)
+    module = bindings.load(Path(desk.job["asset"]))  # held: its values are compared with each other all along
+    walk = Walk(module)
     walk.entry()
     used = {index for row in walk.codes.values() for index in row}
     order, rank = _ordered(walk.constants, used)

@@ -81,7 +81,8 @@ def export(checkpoint: Checkpoint, out_dir: Path, mode: str, *, grid: tuple[int,
     Weights are made one at a time from the mapped checkpoint while a program is converted, and none is kept: memory
     holds the converter's constants below 32 MiB, larger ones lie in its files in `tmp`.
     Raises HarnessError for an unknown mode, a target that is there, a weight that coreai-opt would skip, a disk too
-    small or full; nothing half-written stays behind, and what a killed export left is removed by the next one.
+    small or full, a checkpoint that changes meanwhile; nothing half-written stays behind, and what a killed export left is
+    removed by the next one. Where a disk fills up under it, LLVM may end the process (see `harness.apart`).
     """
     with scratch(tmp) as folder:
         return Exporter(checkpoint, Path(out_dir), mode, grid, context, activations, name, overwrite, folder,
@@ -124,6 +125,7 @@ class Exporter:
             if result.dynamic:
                 self._decoder(result.dynamic, dynamic=True)
             parts["decoder"] = self._decoder(result.decoder)
+            self.checkpoint.unchanged()  # or the drafts hold weights of two checkpoints
         write_seams(result.decoder, parts)
         return result
 

@@ -84,6 +84,8 @@ def _replace(draft: Path, target: Path) -> None:
         os.rename(target, old / "bundle")
         os.rename(draft, target)
     finally:
+        if not target.exists() and (old / "bundle").exists():  # the new one did not get there: the old one stands
+            os.rename(old / "bundle", target)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from harness.engines.coreai import write_index
 from harness.engines.coreai_seams import find_seams
 from harness.engines.replay.program import read_program
 from harness.engines.replay.seams import find_places
+from harness.errors import HarnessError
 from harness.export.convert import save_asset
 from harness.export.program import Program
 
@@ -48,9 +49,12 @@ def write_seams(bundle: Path, parts: dict[str, tuple[Path, dict[str, Any]]]) -> 
     parts: {"decoder": (asset, entries), "vision": (asset, entries)}.
     """
     target = index_path(bundle)
-    draft = target.with_name(f".{target.name}-{os.getpid()}")
+    draft = bundle.with_name(f".{bundle.name}-{os.getpid()}.seams.json")  # a name that `clear_away` looks for
     try:
         write_index(draft, parts)
         os.replace(draft, target)
+    except OSError as error:
+        raise HarnessError(f"cannot be written ({error.strerror or error}); the bundles beside it are whole", where=target,
+                           fix="free some disk space and export again with --overwrite") from error
     finally:
         draft.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def variations() -> Iterator[Variation]:
     for row in healthy.rows():
         yield Variation(*row)
     for fault in faults():
-        if fault.equivalent:
+        if fault.equivalent and fault.target != "asset":  # those are exported anew, and tried with the faults
             rungs = () if fault.rung == "none" else tuple(fault.rung.split("|"))
             yield Variation(f"{fault.id}: {fault.title}", fault.target, fault.apply, rungs)
 

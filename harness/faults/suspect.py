@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from harness.cases import FrozenInputs
+from harness.engines.replay.precision import NORM, SOFTMAX, Taken
 from harness.errors import Undecided
 from harness.faults.loop import Loop
 from harness.faults.tables import Tables
@@ -115,6 +116,10 @@ class Suspect(Subject):
     def rotations(self) -> Any:
         """Tables hold no program: a healthy one turns by what our graph computes."""
         return _Rotations(self.healthy) if self.tables is not None else super().rotations()
+
+    def taken(self) -> list[Taken]:
+        """Nor norms and softmaxes: those of ours are float32."""
+        return [Taken(kind, "decoder", "f32") for kind in (NORM, SOFTMAX)] if self.tables is not None else super().taken()
 
     def twin(self, grid: tuple[int, int]) -> Reference:
         """The twin, of the model under test where that is bent."""

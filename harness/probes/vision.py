@@ -1,7 +1,8 @@
 """Vision: patch embedding, norms, rotations, attention and GELU of the tower, each fed its own values, all in one pass.
 
 Rotations stand right behind the fused projection, so q and k are computed from the checkpoint's weights and compared by
-their scores: a constant offset of all coordinates is no fault.
+their scores: a constant offset of all coordinates is no fault. Where the scores are wrong and one of the two is right by
+itself, up to one turn of all patches, the other one is named.
 """
 
 from __future__ import annotations
@@ -176,8 +177,24 @@ def _rope(feed: Tower, checkpoint: Checkpoint, grid: tuple[int, int], layer: int
     frequency = formulas.inverse_frequencies(ROPE_THETA, q.shape[-1] // 4)
     angles = (block_major(*grid, geometry.merge).numpy()[:, :, None] * frequency).reshape(len(x), 1, -1)
     right = np.einsum("phd,qhd->hpq", *(formulas.rotate(part, angles) for part in (q, k)))
-    got = np.einsum("phd,qhd->hpq", feed.seen[f"{name}.attn.q_rope"], feed.seen[f"{name}.attn.k_rope"])
-    return reading(seam, got, right, 1e-5 * np.abs(right).max(), "scores of rotated q and k over all patches")
+    seen = {part: feed.seen[f"{name}.attn.{part}_rope"] for part in "qk"}
+    scores = reading(seam, np.einsum("phd,qhd->hpq", seen["q"], seen["k"]), right, 1e-5 * np.abs(right).max(),
+                     "scores of rotated q and k over all patches")
+    if scores.error <= 1:
+        return scores
+    mine, other = ("q", "k") if seam.endswith("q_rope") else ("k", "q")
+    alone = {part: _alone(seam, seen[part], plain, angles) for part, plain in (("q", q), ("k", k))}
+    return alone[mine] if alone[mine].error <= 1 < alone[other].error else scores
+
+
+def _alone(seam: str, seen: np.ndarray, plain: np.ndarray, angles: np.ndarray) -> Reading:
+    """q or k [P, heads, D] by itself: its lanes, paired as complex numbers, turned by one angle a pair for all patches."""
+    got, right = (first + 1j * second for first, second in (
+        np.split(part, 2, axis=-1) for part in (seen, formulas.rotate(plain, angles))))
+    turn = (got * right.conj()).sum(axis=(0, 1))
+    right = right * turn / np.maximum(np.abs(turn), 1e-30)
+    flat = [np.concatenate([part.real, part.imag], axis=-1) for part in (got, right)]
+    return reading(seam, *flat, 1e-4 * np.abs(flat[1]).max(), "rotated values, up to one turn of all patches")
 
 
 def _merger(checkpoint: Checkpoint, name: str, op: str, layer: int, feed: Tower) -> Reading:

@@ -1,5 +1,5 @@
-"""Constants of the exported program that no checkpoint holds, against its config: eps, scale, GELU, mask, rotation; and
-its position arithmetic, evaluated.
+"""Constants of the exported program that no checkpoint holds, against its config: eps, scale, GELU, mask, rotation; its
+position arithmetic, evaluated; and the types of its norms and softmaxes.
 
 A program may not show one of them (a fused operation holds it, or it is folded into a weight): that is a SKIP by name.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from harness.checkpoint import Geometry
 from harness.graph.contract import rope_axis
 from harness.plan import CONSTANTS as SEAMS
-from harness.rungs import angles
+from harness.rungs import angles, precision
 from harness.subject import Subject
 from harness.verdict import Outcome, Verdict
 
@@ -34,7 +34,7 @@ def constants(subject: Subject) -> list[Verdict]:
             _scale("attention.scale", decoder.attributes, geometry.head_dim**-0.5, geometry.layers),
             _scale("vision.scale", vision.attributes, size**-0.5, geometry.vision_layers),
             _gelu(vision.attributes, geometry), _fill(decoder.attributes), *_rotations(subject, decoder, vision),
-            angles.angles(subject, CASE)]
+            angles.angles(subject, CASE), *precision.precision(subject, CASE)]
 
 
 def _answer(seam: str, wrong: Sequence[Any], right: Any, count: int, what: str) -> Verdict:

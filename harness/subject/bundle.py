@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from harness.engines import Request
     from harness.engines.program import Program
     from harness.engines.replay.angles import Angles
+    from harness.engines.replay.precision import Taken
+    from harness.engines.replay.program import Function
 
 
 class BundleSide(TwinSide):
@@ -54,12 +56,25 @@ class BundleSide(TwinSide):
             raise Undecided("no vision bundle was given, so its weights cannot be audited", fix="give --vision-bundle")
         return tuple(read_constants(bundle.asset) for bundle in (self.bundle, self.vision_bundle))
 
+    @kept
+    def functions(self) -> dict[str, Function]:
+        """Tower -> main function of its program, as replay reads it, decoder first."""
+        from harness.engines.replay.program import read_program
+
+        bundles = {"decoder": self.bundle, "vision": self.vision_bundle}
+        return {tower: read_program(bundle.asset, check=False).main for tower, bundle in bundles.items() if bundle}
+
     def rotations(self) -> Angles:
         """What the program turns queries and keys by. Raises HarnessError where it does not show that."""
         from harness.engines.replay.angles import Angles
-        from harness.engines.replay.program import read_program
 
-        return Angles(read_program(self.bundle.asset, check=False).main)
+        return Angles(self.functions()["decoder"])
+
+    def taken(self) -> list[Taken]:
+        """In which types the programs take norms and softmaxes. Raises HarnessError where they cannot be read."""
+        from harness.engines.replay.precision import taken
+
+        return taken(self.functions())
 
     @property
     def mode(self) -> str:

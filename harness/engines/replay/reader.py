@@ -10,11 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from harness.engines.program import DTYPES
+from harness.engines import bindings
 from harness.engines.worker import Desk, serve
-from harness.errors import HarnessError, Undecided, within
+from harness.errors import HarnessError, within
 
 MOST = 1 << 16
 """More operations than any program has: calls of calls of calls must not unfold without end."""
@@ -39,29 +37,12 @@ class Constants:
     def _add(self, attribute: Any, kind: Any) -> None:
         dtype, shape, resource = str(kind.element_type), [kind.get_dim_size(axis) for axis in range(kind.rank)], None
         if self.ir.DenseResourceElementsAttr.isinstance(attribute):
-            found = re.match(r'dense_resource<"?([^>"]+)"?>', str(attribute))
-            if found is None:
-                raise HarnessError(f"a constant of type {dtype}{shape} names no resource")
-            resource = found[1]
+            resource = bindings.resource(attribute, f"{dtype}{shape}")
         else:
-            values = self._dense(attribute, dtype, shape)
+            values = bindings.dense(self.ir, attribute, dtype, shape)
             if values is not None:
                 self.arrays[f"c{len(self.rows)}"] = values
         self.rows.append([dtype, shape, resource])
-
-    def _dense(self, attribute: Any, dtype: str, shape: list[int]) -> np.ndarray | None:
-        """The values, or one element for a splat; None for a dtype that numpy lacks."""
-        if dtype not in DTYPES:
-            return None
-        dense = self.ir.DenseElementsAttr(attribute)
-        if 0 in shape:
-            return np.zeros(shape, DTYPES[dtype])
-        if dense.is_splat:
-            return np.full([1] * len(shape), dense.get_splat_value().value, DTYPES[dtype])
-        if dtype == "i1":
-            bits = self.ir.DenseIntElementsAttr(attribute)
-            return np.array([bool(bits[place]) for place in range(len(bits))]).reshape(shape)
-        return np.array(dense).astype(DTYPES[dtype]).reshape(shape)
 
 
 class Walk:
@@ -77,7 +58,7 @@ class Walk:
         self._held: dict[int, int] = {}
         self._last: dict[int, Any] = {}
         """State -> the token of its last access, as Token; two states may begin with one token."""
-        self._at, self._name = 0, _symbol(graph)
+        self._at, self._name = 0, bindings.symbol(graph)
         self.row = self._public(graph)
 
     def _public(self, graph: Any) -> dict[str, Any]:
@@ -148,16 +129,9 @@ class Walk:
         return [*results, after]
 
     def _call(self, operation: Any, operands: list[Any], scope: tuple[int, ...], stack: tuple[str, ...]) -> list[Any]:
-        callee = re.search(r'@("[^"]+"|[\w.$-]+)', _text(operation, "callee"))
-        callee = callee[1].strip('"') if callee else ""
-        if callee in stack:
-            raise HarnessError(f"graph {callee} calls itself", where=" > ".join(stack))
-        if callee not in self.graphs:
-            raise HarnessError(f"graph {callee} is called, but not there", where=" > ".join(stack))
+        callee = bindings.called(operation, self.graphs, stack)
         graph = self.graphs[callee]
-        declared = _text(graph, "composite_decl")
-        named = re.search(r'composite_declaration<"([^"]+)"', declared)
-        self.scopes.append([named[1] if named else None, declared, callee, self._at])
+        self.scopes.append([bindings.composite(graph), bindings.text(graph, "composite_decl"), callee, self._at])
         block = _block(graph)
         if len(block.arguments) != len(operands):
             raise HarnessError(f"graph {callee} takes {len(block.arguments)} arguments, {len(operands)} are given")
@@ -199,7 +173,7 @@ class Token:
 def _block(graph: Any) -> Any:
     blocks = list(graph.regions[0].blocks)
     if len(blocks) != 1:
-        raise HarnessError(f"graph {_symbol(graph)} has {len(blocks)} blocks, so its order depends on values")
+        raise HarnessError(f"graph {bindings.symbol(graph)} has {len(blocks)} blocks, so its order depends on values")
     return blocks[0]
 
 
@@ -234,26 +208,12 @@ def _outputs_named(operation: Any) -> list[tuple[str, int]]:
             for listed in sources for name in listed for number, target in maps]
 
 
-def _symbol(graph: Any) -> str:
-    return _text(graph, "sym_name").strip('"')
-
-
-def _text(operation: Any, name: str) -> str:
-    """An attribute as the bindings print it, "" where it is missing."""
-    return str(operation.attributes[name]) if name in operation.attributes else ""
-
-
 def _work(desk: Desk) -> None:
-    try:
-        from coreai.authoring.asset import AIModelAsset  # before the dialects, which import each other in a circle
-        from coreai._compiler import ir  # isort: skip
-        from coreai._compiler.dialects.coreai import HandleType
-    except ImportError as error:
-        raise Undecided(f"Core AI's bindings cannot be imported ({error})", fix="pip install coreai-core") from error
-    module = AIModelAsset.load(Path(desk.job["asset"])).program._module._mlir_module
-    operations = [operation.operation for operation in module.body.operations]
-    graphs = {_symbol(graph): graph for graph in operations if "sym_name" in graph.attributes}
-    constants = Constants(ir)
+    module = bindings.load(Path(desk.job["asset"]))
+    from coreai._compiler import ir
+    from coreai._compiler.dialects.coreai import HandleType
+
+    graphs, constants = bindings.graphs(module), Constants(ir)
     rows = []
     for name, graph in graphs.items():
         if "priv" not in graph.attributes:

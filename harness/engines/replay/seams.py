@@ -60,7 +60,7 @@ def taps_of(index: Path | None, assets: Mapping[str, tuple[Path, Function]]) -> 
         part = table.get(tower) or {}
         known = part.get("program") == (asset / PROGRAM_HASH).read_bytes().hex()
         if not known or not any("at" in entry for entry in part["seams"].values()):
-            values[tower], rows[tower], how[tower] = _by_structure(tower, function)
+            values[tower], rows[tower], how[tower] = by_structure(tower, function)
             continue
         how[tower] = "the index of its export"
         nodes = {node.at: node for node in function.nodes}
@@ -74,7 +74,9 @@ def taps_of(index: Path | None, assets: Mapping[str, tuple[Path, Function]]) -> 
     return Taps(values, rows, how)
 
 
-def _by_structure(tower: str, function: Function) -> tuple[dict[str, Value], dict[str, tuple[int, ...]], str]:
+def by_structure(tower: str, function: Function) -> tuple[dict[str, Value], dict[str, tuple[int, ...]], str]:
+    """Values and rows of the seams that a program's structure shows, and in words how they are known; none, and why, for a
+    structure that is not the port's."""
     try:
         found = (decoder_taps if tower == "decoder" else vision_taps)(function)
     except HarnessError as error:  # an unknown structure is no fault: its inner seams stay unanswered, with the reason
