@@ -237,5 +237,5 @@ def rollout_of_another_run(evidence: Evidence) -> None:
 @fault("evidence", "verify", "oracle", source="G15")
 def oracle_cut_short(evidence: Evidence) -> None:
     """a file of the oracle ends early"""
-    path = evidence.part("vision.safetensors")
+    path = evidence.activations(".safetensors")
     path.write_bytes(path.read_bytes()[:-64])
