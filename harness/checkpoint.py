@@ -108,7 +108,8 @@ class Checkpoint:
             except OSError:  # gone, which is a change as well
                 same = False
             if not same:
-                raise HarnessError("the checkpoint changed while it was read", where=path, fix="run the command again")
+                raise HarnessError("the checkpoint changed while it was read", where=path,
+                                   fix="run the command again; what was recorded of another checkpoint is not used")
 
     @property
     def digest(self) -> str:

@@ -196,6 +196,31 @@ def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, one, tmp
     assert again.case("text").digest == oracle.case("text").digest
 
 
+def test_nothing_is_kept_of_bytes_that_were_there_for_a_while(copied: Checkpoint, one, tmp_path: Path, two_slots) -> None:
+    """The oracle has its identity already, so after the old bytes are back the parts that are there are taken over."""
+    record(copied, [IMAGE], tmp_path / "o", inside="all")
+    weights = copied.files[0]
+    kept = weights.read_bytes()
+
+    def harm() -> None:
+        with weights.open("r+b") as file:
+            file.seek(len(kept) // 2)
+            file.write(bytes(len(kept) // 2))
+
+    with pytest.raises(HarnessError, match="changed while it was read"):
+        record(copied, [TEXT], tmp_path / "o", inside="all", progress=harm_at("decoder.01", harm))
+    weights.write_bytes(kept)
+    again = record(Checkpoint(copied.root), [TEXT], tmp_path / "o", inside="all")
+    assert again.case("text").digest == one[1].case("text").digest
+
+
+def test_a_call_that_is_refused_leaves_whole_cases_whole(one, tmp_path: Path) -> None:
+    record(one[0], [TEXT], tmp_path / "o")
+    with pytest.raises(HarnessError, match="too little"):
+        record(one[0], [TEXT], tmp_path / "o", inside="all", memory=1 << 20)
+    assert "text" in Oracle.open(tmp_path / "o").cases
+
+
 def test_the_digest_is_computed_beside_the_first_pass(one, tmp_path: Path) -> None:
     checkpoint, waits, told = Checkpoint(one[0].root), threading.Event(), []
     compute = checkpoint._compute_digest

@@ -28,7 +28,7 @@ from harness.oracle.rollout import best_of, greedy
 from harness.oracle.stages import EMBEDDING, skeleton, stages_of
 from harness.store import Identity, Oracle, OracleWriter
 from harness.streaming.parked import parking
-from harness.streaming.reading import WeightReader, unchanged
+from harness.streaming.reading import WeightReader
 from harness.streaming.weights import Source, Streamed
 
 KV = ("kv.keys", "kv.values")
@@ -59,11 +59,12 @@ def record(checkpoint: Checkpoint, cases: Sequence[Case], out_dir: Path, *, devi
                    if not out.complete(case, (*wanted_seams(checkpoint.geometry, inside, bool(case.images)), *KV))]
         tell("freezing inputs", 0, len(pending))
         frozen = [freeze(case, checkpoint) for case in pending]
-        lanes = [_lane(checkpoint, case, inputs, out, inside, (drafts or {}).get(case.name))
-                 for case, inputs in zip(pending, frozen)]
-        if lanes:
+        if pending:
             with ExitStack() as held, _gpu_errors():
-                bench, source = _set_up(checkpoint, lanes, device, attention, inside, memory, held, say)
+                # What can be refused is refused before a case that is whole is opened again.
+                bench, source = _set_up(checkpoint, pending, frozen, device, attention, inside, memory, held, say)
+                lanes = [_lane(checkpoint, case, inputs, out, inside, (drafts or {}).get(case.name))
+                         for case, inputs in zip(pending, frozen)]
                 _guess(lanes, bench, source)
                 dtype = _narrow(lanes, bench, source, say)
                 real = held.enter_context(parking(module for stage in bench.stages for module in stage.modules))
@@ -93,7 +94,7 @@ def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
 def _digest(checkpoint: Checkpoint) -> str:
     """Of the bytes that were read: they had not changed when it was known."""
     digest = checkpoint.digest
-    unchanged(checkpoint)
+    checkpoint.unchanged()
     return digest
 
 
@@ -106,8 +107,8 @@ def _lane(checkpoint: Checkpoint, case: Case, inputs: FrozenInputs, out: OracleW
     return Lane(case, inputs, seams, writer, checkpoint.geometry, draft)
 
 
-def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attention: str, inside: Inside, memory: int | None,
-            held: ExitStack, say: Callable[[str], None]) -> tuple[Bench, Source]:
+def _set_up(checkpoint: Checkpoint, cases: Sequence[Case], frozen: Sequence[FrozenInputs], device: str, attention: str,
+            inside: Inside, memory: int | None, held: ExitStack, say: Callable[[str], None]) -> tuple[Bench, Source]:
     """The model with its hooks, and where its weights come from."""
     reader, geometry = held.enter_context(WeightReader(checkpoint)), checkpoint.geometry
     model = load_model(checkpoint, device, attention) if device == "auto" else skeleton(checkpoint, attention)
@@ -118,13 +119,13 @@ def _set_up(checkpoint: Checkpoint, lanes: Sequence[Lane], device: str, attentio
     else:
         _constants_to(model, place)
         room = memory or (DEFAULT if place.type == "cpu" else torch.cuda.mem_get_info(place)[0])
-        made = plan(geometry, stages, [(lane.inputs, lane.case.decode) for lane in lanes], room, inside is not None,
+        made = plan(geometry, stages, [(inputs, case.decode) for case, inputs in zip(cases, frozen)], room, inside is not None,
                     *([] if place.type == "cpu" else [CONTEXT]))
         say(made.describe())
         source = Streamed(reader, place, made.slots, max(stage.elements for stage in stages), made.keep,
                           made.memory - made.total)
         _read_rows(model.model.language_model.embed_tokens, reader)
-    seams = wanted_seams(geometry, inside, any(lane.inputs.patches is not None for lane in lanes))
+    seams = wanted_seams(geometry, inside, any(inputs.patches is not None for inputs in frozen))
     hooks = held.enter_context(SeamHooks(model, geometry, seams))
     return Bench(model, geometry, place, hooks, held.enter_context(Drain(place)), stages), source
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.checkpoint import Checkpoint, safetensors_header, stamp
+from harness.checkpoint import Checkpoint, safetensors_header
 from harness.errors import HarnessError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -25,7 +25,6 @@ BUFFER = 4 << 20
 """Bytes read at a time."""
 PIECE = 1 << 15
 """Values widened at a time: torch does not start threads for fewer, which would fight those that compute."""
-_CHANGED = "run the command again; what was recorded of another checkpoint is not used"
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,6 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-
-
-def unchanged(checkpoint: Checkpoint) -> None:
-    """Raises HarnessError where a file was changed since the checkpoint was opened: its digest is of other bytes."""
-    for path, known in checkpoint.stamps.items():
-        try:
-            same = stamp(os.stat(path)) == known
-        except OSError:
-            same = False
-        if not same:
-            raise HarnessError("the checkpoint changed while it was read", where=path, fix=_CHANGED)
 
 
 class WeightReader:
@@ -88,8 +76,8 @@ class WeightReader:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def check(self) -> None:
-        """See `unchanged`."""
-        unchanged(self._checkpoint)
+        """Raises HarnessError where a file was changed since the checkpoint was opened: its digest is of other bytes."""
+        self._checkpoint.unchanged()
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor is stored in."""
@@ -121,6 +109,7 @@ class WeightReader:
         target = torch.empty((len(ids), *entry.shape[1:]), dtype=torch.float32)
         for place, row in enumerate(ids):
             self.fill(name, target[place:place + 1], int(row))
+        self.check()
         return target
 
     def _entry(self, name: str) -> Entry:

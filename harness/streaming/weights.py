@@ -100,6 +100,7 @@ class Streamed:
             self._fill(place.tensor, target, stage.rows[0] if stage.rows else 0)
             tensors.append(target)
             start += wide * aligned(place.shape)
+        self.reader.check()  # before anything is computed with them, and kept
         if self.keep or stage.name in self._keeping:
             self._kept[stage.name] = tensors
         return tensors
