@@ -197,8 +197,9 @@ def test_a_checkpoint_that_changes_while_it_is_read(copied: Checkpoint, one, tmp
 
 
 def test_nothing_is_kept_of_bytes_that_were_there_for_a_while(copied: Checkpoint, one, tmp_path: Path, two_slots) -> None:
-    """The oracle has its identity already, so after the old bytes are back the parts that are there are taken over."""
-    record(copied, [IMAGE], tmp_path / "o", inside="all")
+    """The oracle has its identity already, so after the old bytes are back the parts that are there are taken over (those of the vision
+    tower whatever the tokens were)."""
+    record(copied, [TEXT], tmp_path / "o", inside="all")
     weights = copied.files[0]
     kept = weights.read_bytes()
 
@@ -209,10 +210,10 @@ def test_nothing_is_kept_of_bytes_that_were_there_for_a_while(copied: Checkpoint
             file.write(bytes(len(kept) - first))
 
     with pytest.raises(HarnessError, match="changed while it was read"):
-        record(copied, [TEXT], tmp_path / "o", inside="all", drafts=drafts_of(one[1]), progress=harm_at("decoder.01", harm))
+        record(copied, [IMAGE], tmp_path / "o", inside="all", drafts=drafts_of(one[1]), progress=harm_at("vision.00", harm))
     weights.write_bytes(kept)
-    again = record(Checkpoint(copied.root), [TEXT], tmp_path / "o", inside="all", drafts=drafts_of(one[1]))
-    assert again.case("text").digest == one[1].case("text").digest
+    again = record(Checkpoint(copied.root), [IMAGE], tmp_path / "o", inside="all", drafts=drafts_of(one[1]))
+    assert again.case("image").digest == one[1].case("image").digest
 
 
 def test_a_call_that_is_refused_leaves_whole_cases_whole(one, tmp_path: Path) -> None:
