@@ -103,20 +103,20 @@ def _distance(found: Sums, ref: np.ndarray, cand: np.ndarray, shape: tuple[int, 
 
 
 def _figures(sums: Sums, shape: tuple[int, ...], max_abs_at: tuple[int, ...]) -> Distance:
-    rr, cc, dd = sums.by_row[:3].sum(axis=1).tolist()
+    whole = sums.by_row[:3].sum(axis=1)
+    rr, cc, dd = whole.tolist()
     max_abs, largest = sums.by_row[3:].max(axis=1).tolist()
-    row_rr, row_cc, row_dd = sums.by_row[:3]
+    row_rr, _, row_dd = sums.by_row[:3]
     token, token_at = _worst(row_dd, row_rr, rr)
     channel, channel_at = _worst(sums.by_column[1], sums.by_column[0], rr)
     tokens, low = len(sums.rows), LOW_NORM**2 * rr / len(sums.rows)
-    # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
-    cosines = _cosine((row_rr + row_cc - row_dd) / 2, row_rr, row_cc)
+    cosine, cosines = _cosines(np.append(sums.by_row[:3], whole[:, None], axis=1))
     if (row_rr < low).any():
         cosines[(row_rr < low) & (row_dd <= low)] = 1.0
     mse = dd / (tokens * math.prod(shape[1:]))
     return Distance(
-        cosine=float(_cosine(*np.array([[(rr + cc - dd) / 2], [rr], [cc]]))[0]), worst_token_cosine=float(cosines.min()),
-        cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr), worst_token=token, worst_token_at=int(sums.rows[token_at]),
+        cosine=cosine, worst_token_cosine=float(cosines.min()), cosine_gap=_gap(rr, cc, dd), rel_l2=_ratio(dd, rr),
+        worst_token=token, worst_token_at=int(sums.rows[token_at]),
         worst_channel=channel, worst_channel_at=_unravel(channel_at, shape[1:]),
         norm_drift=abs(math.sqrt(cc / rr) - 1.0) if rr else (math.inf if cc else 0.0),
         max_abs=max_abs, max_abs_at=max_abs_at,
@@ -134,14 +134,17 @@ def _worst(dd: np.ndarray, rr: np.ndarray, total: float) -> tuple[float, int]:
     return math.sqrt(ratio[at]), at
 
 
-def _cosine(rc: np.ndarray, rr: np.ndarray, cc: np.ndarray) -> np.ndarray:
-    """Of each pair of rows; 1 where both are zero, 0 where one is."""
-    norms = np.sqrt(rr) * np.sqrt(cc)
+def _cosines(squares: np.ndarray) -> tuple[float, np.ndarray]:
+    """squares [3, rows + 1]: of r, c and c - r, the whole last; cosine of the whole and of the rows: 1 where both are
+    zero, 0 where one is."""
+    rr, cc, dd = squares
+    rc, norms = (rr + cc - dd) / 2, np.sqrt(rr) * np.sqrt(cc)  # ||c - r||^2 = ||c||^2 + ||r||^2 - 2 r.c
     zero = norms == 0
     if zero.any():
         rc, norms = np.where(zero, rr == cc, rc), np.where(zero, 1.0, norms)
     # Rounding may carry the quotient past 1 by an ulp; a cosine of 1.0001 is what float32 accumulation prints.
-    return np.clip(rc / norms, -1.0, 1.0)
+    found = np.clip(rc / norms, -1.0, 1.0)
+    return float(found[-1]), found[:-1]
 
 
 def _gap(rr: float, cc: float, dd: float) -> float:

@@ -1,7 +1,7 @@
 """The sums that every distance of two activations is made of, over all tokens and over regions of them, in one pass.
 
 Squares of float32 values and differences are exact or rounded once in float64, and cannot overflow it. A sum of n terms
-is off by at most n / LANES units in the last place, 2e-12 of it for the logits of a whole vocabulary.
+is off by at most n / 8 units in the last place, 2e-12 of it for the logits of a whole vocabulary.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def not_finite(weights: dict[str, torch.Tensor]) -> None:
 
 
 USED: list[int] = []
-FAULTS = {"a matrix half as large again": (scaled, "decoder.layers.02"), "the sign of one row": (one_row, "decoder.layers.02"),
+FAULTS = {"a matrix half as large again": (scaled, "decoder.layers.02"),
+          "the sign of one row": (one_row, "decoder.layers.02"),
           "one token's embedding": (one_token, "decoder.embed"), "gate and up exchanged": (crossed, "decoder.layers.02"),
           "the head one row on": (head_shifted, "logits"), "not a number": (not_finite, "decoder.norm")}
 

@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from harness import fused, sums
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = "import numpy as np\nfrom harness.metrics import distance\nprint(distance(np.ones((3, 4)), np.full((3, 4), 3.0)).rel_l2)"
+CODE = "import numpy as np\nfrom harness.metrics import distance\n" \
+       "print(distance(np.ones((3, 4)), np.full((3, 4), 3.0)).rel_l2)"
 KINDS = (np.float16, np.float32, np.float64, np.int8, np.int64, np.uint16, bool)
 NAMES = ("row_rr", "row_cc", "row_dd", "row_max_d", "row_max_r", "col_rr", "col_dd")
 
@@ -24,7 +25,8 @@ NAMES = ("row_rr", "row_cc", "row_dd", "row_max_d", "row_max_r", "col_rr", "col_
 def straightforward(r: np.ndarray, c: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     r, c = r[rows].astype(np.float64), c[rows].astype(np.float64)
     d = c - r
-    return [(r * r).sum(1), (c * c).sum(1), (d * d).sum(1), np.abs(d).max(1), np.abs(r).max(1), (r * r).sum(0), (d * d).sum(0)]
+    return [(r * r).sum(1), (c * c).sum(1), (d * d).sum(1), np.abs(d).max(1), np.abs(r).max(1), (r * r).sum(0),
+            (d * d).sum(0)]
 
 
 def check(r: np.ndarray, c: np.ndarray, regions: list[np.ndarray]) -> None:
@@ -83,7 +85,8 @@ def test_compiled_as_written(r, seed):
 
 def run(cache: Path) -> subprocess.Popen:
     where = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", CODE], env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", CODE], env=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 def test_no_cache_a_damaged_one_and_many_writers_at_once(tmp_path):
