@@ -7,7 +7,8 @@ hand is in memory, and the few seams of the first layers that the contract rung 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,17 @@ class _Sweep:
             seam.startswith("decoder.layers.") and layer_of(seam) < taps))}
 
     def run(self) -> Swept:
+        from harness.engines.torch_graph import in_turn
+
         subject = self.subject
         grids = dict.fromkeys(subject.grid(case) for case in subject.cases)
-        held = [subject.recorded(case) for case in subject.cases]
-        loads = [load_of(subject, one.inputs, len(one.rollout.tokens)) for one in held for _ in WAYS]
-        calls = [self._call(case, way) for case in subject.cases for way in WAYS]
+        loads, calls = [], []
+        for case in subject.cases:
+            recorded = subject.recorded(case)
+            one = load_of(subject, recorded.inputs, len(recorded.rollout.tokens))
+            loads.append(replace(one, held=len(WAYS) * one.held))
+            # Both ways go together, whatever the memory: a seam is judged when both have answered.
+            calls.append(partial(in_turn, subject.conversion(subject.grid(case)), [self._call(case, way) for way in WAYS]))
         together(subject, "local and accumulated error", [subject.conversion(grid) for grid in grids], loads, calls)
         return self.found
 
