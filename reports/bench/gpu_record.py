@@ -9,8 +9,8 @@ plain: Hugging Face's forward of a 211-token prompt with a 448 x 448 image and 2
 every seam that copies at once. record: ours, every seam in pinned host memory at the end (no disk), by turns with plain
 forwards, since the host's pace drifts by more than the difference. generate: 24 tokens. tokens, with the step that
 measures the noise: one pass that verifies a right draft; two passes for a draft with one wrong token. tf32: what the
-switches are worth against float64. disk (--disk): a real checkpoint in shards is
-written to DIR and recorded from there into an oracle there.
+switches are worth against float64. disk (--disk): a real checkpoint in shards is written to DIR and recorded from there
+into an oracle there.
 """
 
 from __future__ import annotations
