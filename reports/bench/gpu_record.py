@@ -7,9 +7,10 @@ section prints its figures as soon as it has them and OUT.json is rewritten, so 
 
 plain: Hugging Face's forward of a 211-token prompt with a 448 x 448 image and 24 tokens. naive: the same with a hook on
 every seam that copies at once. record: ours, every seam in pinned host memory at the end (no disk), by turns with plain
-forwards, since the host's pace drifts by more than the difference. tokens, with the step that measures the noise: `generate` of 24 tokens; one pass that verifies a right draft; two passes for a draft
-with one wrong token. tf32: what the switches are worth against float64. disk (--disk): a real checkpoint in shards is
-written to DIR and recorded from there into an oracle there.
+forwards, since the host's pace drifts by more than the difference. generate: 24 tokens. tokens, with the step that
+measures the noise: one pass that verifies a right draft; two passes for a draft with one wrong token. tf32: what the
+switches are worth against float64. disk (--disk): a real checkpoint in shards is written to DIR and recorded from there
+into an oracle there.
 """
 
 from __future__ import annotations
