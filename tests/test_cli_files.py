@@ -161,7 +161,7 @@ def test_an_interrupt_is_130(here, refused, monkeypatch, verb, words):
         pass
 
     before = signal.signal(signal.SIGTERM, ours)
-    monkeypatch.setattr("harness.subject.open_checkpoint", interrupt)
+    monkeypatch.setattr("harness.subject.given.open_checkpoint", interrupt)
     try:
         refused(130, f"{verb} model", "interrupted", words)
         assert signal.getsignal(signal.SIGTERM) is ours, "the handler of a caller in this process is put back"
@@ -182,7 +182,7 @@ def test_a_defect_of_ours_is_no_verdict(here, refused, monkeypatch, error):
     def crash(*_, **__):
         raise error
 
-    monkeypatch.setattr("harness.subject.open_checkpoint", crash)
+    monkeypatch.setattr("harness.subject.given.open_checkpoint", crash)
     refused(3, "gate model", type(error).__name__, "test_cli_files.py, line", "nothing was decided")
 
 
