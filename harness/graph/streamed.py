@@ -74,7 +74,7 @@ class StreamedReference(Reference):
                     or shapes[place.tensor][0] != place.shape[0]:
                 raise HarnessError(f"has shape {shapes[place.tensor]}, the config asks for {place.shape}",
                                    where=place.tensor)
-        return stages + head_stages(self.geometry, EMBEDDING if self.geometry.tied else HEAD)
+        return stages + head_stages(self.geometry, EMBEDDING if self.geometry.tied else HEAD, self.decoder.lm_head)
 
     def _look_up(self, ids: Tensor) -> Tensor:
         unique, places = torch.unique(ids, return_inverse=True)

@@ -69,11 +69,12 @@ def tower_stages(geometry: Geometry, visual: nn.Module, text: nn.Module, names: 
     return [*stages, module_stage(names, "norm", [text.norm])]
 
 
-def head_stages(geometry: Geometry, source: str) -> list[Stage]:
-    """The head in blocks of rows, their size given by the width alone; source: the tensor it is."""
+def head_stages(geometry: Geometry, source: str, *owners: nn.Module) -> list[Stage]:
+    """The head in blocks of rows, their size given by the width alone; source: the tensor it is; owners: the modules whose
+    weight a block becomes, where the product is theirs to make."""
     step = head_rows(geometry)
     blocks = [(first, min(first + step, geometry.vocab)) for first in range(0, geometry.vocab, step)]
-    return [Stage(f"logits.{number:03d}", (), (Place((), "", source, (rows[1] - rows[0], geometry.hidden)),), rows)
+    return [Stage(f"logits.{number:03d}", (), (Place(owners, "weight", source, (rows[1] - rows[0], geometry.hidden)),), rows)
             for number, rows in enumerate(blocks)]
 
 

@@ -52,7 +52,7 @@ def sweep(forwards: Sequence[Parked], stages: Sequence[Stage], heads: Sequence[n
                 crew.spread()
                 after(stage.name)
             for group in _groups(_waiting(crew.all, heads), rows[-1].rows[1]):
-                filled = _logits(group, rows, source)
+                filled = _logits(group, rows, source, real)
                 for forward in group:
                     crew.go(forward, filled.pop(0))
                 after("logits")
@@ -115,10 +115,12 @@ def _groups(forwards: Sequence[Parked], vocab: int) -> list[list[Parked]]:
     return groups
 
 
-def _logits(group: Sequence[Parked], rows: Sequence[Stage], source: Source) -> list[Tensor]:
-    hidden = [forward.at.arguments[0] for forward in group]
-    filled = [value.new_empty(*value.shape[:-1], rows[-1].rows[1]) for value in hidden]
+def _logits(group: Sequence[Parked], rows: Sequence[Stage], source: Source, real: Real) -> list[Tensor]:
+    calls = [(forward.at.module, forward.at.arguments[0]) for forward in group]
+    filled = [value.new_empty(*value.shape[:-1], rows[-1].rows[1]) for _, value in calls]
     for stage, (weight,) in source.stages(rows):
-        for value, logits in zip(hidden, filled):
-            logits[..., slice(*stage.rows)] = F.linear(value, weight)
+        for (module, value), logits in zip(calls, filled):
+            # A graph's head makes its own product, as any module of it does: a variation of the graph varies it too.
+            made = real[module](value) if stage.places[0].owners else F.linear(value, weight)
+            logits[..., slice(*stage.rows)] = made
     return filled
