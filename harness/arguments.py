@@ -24,7 +24,8 @@ def subject(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, metavar="ENGINE",
         help=f"what runs the bundle: {', '.join(ENGINES)} (default: coreai; replay runs its own program in torch)")
     add("--device", choices=("cpu", "cuda"), help="where torch computes (default: cpu)")
-    add("--memory", type=_size, metavar="SIZE", help="memory that recording, and rungs that stream, may hold at once (default: 4GiB)")
+    add("--memory", type=_size, metavar="SIZE",
+        help="memory that recording, and rungs that stream, may hold at once (default: 4GiB)")
     add("--cases", type=Path, metavar="TOML", help="cases (default: ladders/cases.toml)")
     add("--bounds", type=Path, metavar="TOML", help="bounds (default: ladders/qwen3_vl.toml)")
     add("--policy", type=Path, metavar="TOML", help="policy (default: ladders/policy.toml)")
@@ -175,7 +176,8 @@ def faults(parser: argparse.ArgumentParser) -> None:
     other.add_argument("--benign", action="store_true", help="healthy variations instead: none may be flagged")
     other.add_argument("--power", action="store_true", help="instead, the smallest error that each rung sees at each seam")
     add("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
-    add("--out", type=Path, metavar="DIR", default=Path("reports/faults"), help="folder (default: reports/faults)")
+    add("--out", type=Path, metavar="DIR",
+        help="folder (default: reports/faults; build/faults for some of the faults, which are no scoreboard)")
     add("--json", action="store_true", help="print the record instead of the table")
 
 

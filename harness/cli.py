@@ -164,7 +164,9 @@ def _faults(arguments: Arguments) -> int:
         record = made.make(subject.options, arguments, lambda done, total: screen.step(arguments.verb, done, total))
     text, name = made.markdown(record), made.__name__.rpartition(".")[2]
     pictures = power.pictures(record) if made is power else {}
-    write_files(arguments.out, {f"{name}.json": json_text(record), f"{name}.md": text, **pictures})
+    some = arguments.kinds or arguments.only or arguments.fast
+    write_files(arguments.out or Path("build/faults" if some else "reports/faults"),
+                {f"{name}.json": json_text(record), f"{name}.md": text, **pictures})
     print(json.dumps(record) if arguments.json else text)
     return ExitCode.PASS if made.passed(record) else ExitCode.FAIL
 
@@ -214,13 +216,15 @@ VERBS = {
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="harness", description="Proves a model converted to Core AI right, or says where "
-                                  "it is wrong.", epilog="exit codes: 0 pass, 1 fail, 2 usage or bad input, 3 could not "
-                                  "decide, 130 interrupted")
+    # An option is written out: `--case` of one verb must not be taken for another's `--cases`.
+    top = argparse.ArgumentParser(
+        prog="harness", allow_abbrev=False, description="Proves a model converted to Core AI right, or says where it is wrong.",
+        epilog="exit codes: 0 pass, 1 fail, 2 usage or bad input, 3 could not decide, 130 interrupted")
     top.add_argument("--version", action="version", version=f"harness {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
+        sub = verbs.add_parser(name, allow_abbrev=False, help=verb.help,
+                               description=verb.help[0].upper() + verb.help[1:] + ".")
         for add in verb.arguments:
             add(sub)
     return top

@@ -82,12 +82,12 @@ def test_a_config_that_is_no_object(here, refused, text):
 
 def test_ids_outside_the_vocabulary(here, refused):
     write_checkpoint(here / "small", layers=3, vocab_size=300)
-    refused(2, "record small --cases cases.toml --out other", "outside the vocabulary", leaves=("other/manifest.json",))
+    refused(2, "record small --cases cases.toml --out other", "outside the vocabulary", leaves=("other/pending.json",))
 
 
 def test_a_prompt_longer_than_the_context(here, refused):
     write_checkpoint(here / "short", layers=3, max_position_embeddings=20)
-    refused(2, "record short --cases cases.toml --out other", "20 positions", leaves=("other/manifest.json",))
+    refused(2, "record short --cases cases.toml --out other", "20 positions", leaves=("other/pending.json",))
 
 
 @pytest.mark.parametrize("inside", ["x", "99", "-1", "0,,1"])
@@ -111,7 +111,7 @@ def test_bad_cases(here, refused, text, word, verb):
 
 def test_an_image_that_is_lost(here, refused):
     (here / "cases.toml").write_text(CASES.replace("noise:96x64:5", "lost.png"))
-    refused(2, "record model --cases cases.toml --out other", "picture", "lost.png", leaves=("other/manifest.json",))
+    refused(2, "record model --cases cases.toml --out other", "picture", "lost.png", leaves=("other/pending.json",))
 
 
 def test_an_unknown_case(here, refused):

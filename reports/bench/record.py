@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -70,8 +71,6 @@ def gflops(rows: int, shapes: list[tuple[int, int]]) -> float:
 
 def cold(path: Path) -> float:
     """GB/s of the file's first GiB, which the page cache does not hold when this begins and holds again afterwards."""
-    import os
-
     buffer, size = bytearray(1 << 22), 0
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 1 << 30, os.POSIX_FADV_DONTNEED)
@@ -172,6 +171,7 @@ def main() -> None:
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--cases", type=int, default=1)
     parser.add_argument("--kind", choices=("image", "text"), default="image", help="of the cases (default: image)")
+    parser.add_argument("--cold", action="store_true", help="let go of the checkpoint's pages before each recording")
     parser.add_argument("--decode", type=int, default=24, help="tokens to decode (default: 24)")
     parser.add_argument("--draft", type=Path, help="where the draft is kept (default: beside OUT)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -186,7 +186,8 @@ def main() -> None:
         for name in given.runs.split(","):
             whole = name in ("rates", "plain", "accelerate", "generate")
             found = baseline(given, name, draft) if whole else recording(given, name, draft, Path(scratch), held["runs"])
-            held["runs"][name if whole else f"{name}-{given.kind}-{given.cases}"] = found
+            cold = "-cold" if given.cold else ""
+            held["runs"][name if whole else f"{name}-{given.kind}-{given.cases}{cold}"] = found
             given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
 
 
@@ -201,10 +202,12 @@ def recording(given: argparse.Namespace, name: str, draft: Path, scratch: Path, 
     from harness.checkpoint import Checkpoint
 
     folder, cases = scratch / name, cases_file(scratch, given.cases, given.decode, given.kind)
+    if given.cold:
+        chill(given.checkpoint)
     found = run(name, ours(given.checkpoint, folder, cases, given.memory, draft if name == "drafted" else None))
     if name == "undrafted":
         keep_draft(folder, draft)
-    found |= {"oracle": facts(folder), "kind": given.kind, "cases": given.cases}
+    found |= {"oracle": facts(folder), "kind": given.kind + ", cold" * given.cold, "cases": given.cases}
     shutil.rmtree(folder)
     if "rates" in runs:
         checkpoint, patches = Checkpoint(given.checkpoint), 784 if given.kind == "image" else 0
@@ -212,6 +215,13 @@ def recording(given: argparse.Namespace, name: str, draft: Path, scratch: Path, 
         found["bound"] = bound(checkpoint.geometry, runs["rates"]["said"],
                                sum(path.stat().st_size for path in checkpoint.files), counts)
     return found
+
+
+def chill(root: Path) -> None:
+    """The next read of the checkpoint's files is the disk's."""
+    for path in root.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def child(given: argparse.Namespace, tokens: list[int]) -> None:
