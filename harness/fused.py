@@ -1,4 +1,5 @@
-"""The one loop over two activations, compiled: every sum of their distances in float64 while memory is read once.
+"""Loops over activations, compiled: every sum of the distances of two in float64 while memory is read once, and the sparse
+projection of one.
 
 numpy takes such sums in passes over blocks, some ten times as slow as memory is read. numba compiles the loop on first
 use, for the processor at hand, and keeps the code where it may write: beside this file, else in the user's cache
@@ -23,22 +24,31 @@ WIDE = 1 << 14
 @cache
 def kernel() -> Callable[..., None]:
     """`add_up`, compiled: once two seconds for each machine, and in each process half of one to load numba and the code."""
+    def try_out(compiled: Callable[..., None]) -> None:
+        for kind in (np.float32, np.float64):
+            ones = np.ones((1, 1), kind)
+            ones.flags.writeable = False
+            compiled(ones, ones, np.zeros(1, np.int64), np.zeros((1, 5)), np.zeros((2, 1, 1)))
+
+    return _compiled(add_up, try_out)
+
+
+@cache
+def scatterer() -> Callable[..., None]:
+    """`scatter`, compiled."""
+    return _compiled(scatter, lambda made: made(np.ones(1), np.zeros((1, 1), np.uint16), np.zeros((1, 2))))
+
+
+def _compiled(function: Callable[..., None], try_out: Callable[[Callable[..., None]], None]) -> Callable[..., None]:
     from numba import njit
 
     settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     try:
-        compiled = njit(cache=True, **settings)(add_up)
-        for kind in (np.float32, np.float64):
-            _try_out(compiled, kind)
+        compiled = njit(cache=True, **settings)(function)
+        try_out(compiled)
     except Exception:  # nowhere to keep it, a full disk, a damaged file: then it is compiled anew in each process
-        compiled = njit(**settings)(add_up)
+        compiled = njit(**settings)(function)
     return compiled
-
-
-def _try_out(compiled: Callable[..., None], kind: type) -> None:
-    ones = np.ones((1, 1), kind)
-    ones.flags.writeable = False
-    compiled(ones, ones, np.zeros(1, np.int64), np.zeros((1, 5)), np.zeros((2, 1, 1)))
 
 
 def add_up(reference: np.ndarray, candidate: np.ndarray, groups: np.ndarray, by_row: np.ndarray,
@@ -75,3 +85,14 @@ def add_up(reference: np.ndarray, candidate: np.ndarray, groups: np.ndarray, by_
             by_row[row, 2] += dd
             by_row[row, 3] = max(by_row[row, 3], np.int64(most_d).view(np.float64))
             by_row[row, 4] = max(by_row[row, 4], np.int64(most_r).view(np.float64))
+
+
+def scatter(values: np.ndarray, bits: np.ndarray, tables: np.ndarray) -> None:
+    """Add each value to one sum of each table: bits [n, tables] uint16 say which (the lowest) and with which sign (the
+    highest); values [n] and tables [tables, 2^m] float64."""
+    mask = tables.shape[1] - 1
+    for place in range(values.shape[0]):
+        value = values[place]
+        for number in range(tables.shape[0]):
+            word = np.int64(bits[place, number])
+            tables[number, word & mask] += -value if word >> 15 else value

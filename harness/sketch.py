@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import HarnessError
+from harness.fused import scatterer
 from harness.metrics import LOW_NORM
 
 SPARSE = 8
@@ -151,12 +152,9 @@ def _project(rows: np.ndarray, seed: int, k: int, total: int) -> tuple[np.ndarra
         wide = rows[part].astype(np.float64)
         squares[part] = np.einsum("ij,ij->i", wide, wide)
         tokens[part] = wide @ signs
-        for number in range(SPARSE):
-            if number % 4 == 0:
-                places = stream.random_raw(wide.size).astype("<u8").view("<u2").reshape(-1, 4)
-            bits = np.ascontiguousarray(places[:, number % 4])
-            signed = np.where(bits >> 15, -wide.ravel(), wide.ravel())
-            tables[number] += np.bincount(bits & (tables.shape[1] - 1), signed, tables.shape[1])
+        for first in range(0, SPARSE, 4):
+            bits = stream.random_raw(wide.size).astype("<u8").view("<u2").reshape(-1, 4)
+            scatterer()(wide.ravel(), bits, tables[first:first + 4])
     return squares, tokens / math.sqrt(k), tables.ravel() / math.sqrt(SPARSE)
 
 
