@@ -59,7 +59,7 @@ def test_relative_l2_is_within_ten_percent_in_99_of_100(kind):
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 2**32), st.floats(-6, 0))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)  # one figure in 10 000 may lie outside: not by turns of luck
 def test_every_figure_lies_in_its_interval(kind, seed, power):
     rng = np.random.default_rng(seed)
     r, c = pair(kind, rng, 10.0**power)

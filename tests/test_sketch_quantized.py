@@ -17,7 +17,7 @@ from recorded import IMAGE, TEXT
 from harness.bounds import Bound, Bounds
 from harness.checkpoint import Checkpoint
 from harness.gate import BY_SKETCH, fold
-from harness.graph import quantize
+from harness.graph import twin
 from harness.options import Options
 from harness.oracle import record
 from harness.policy import load_policy
@@ -127,14 +127,14 @@ FAULTS = {"a matrix half as large again": (scaled, "decoder.layers.02"),
 def test_a_wrong_twin_is_caught_where_the_whole_oracle_catches_it(model, bounds, fault, monkeypatch):
     change, seam = FAULTS[fault]
     USED[:] = [int(open_oracle(model[2]).case("text").inputs.ids[2])]
-    right = quantize.twin_weights
+    right = twin.twin_weights
 
     def wrong(*arguments):
         weights = right(*arguments)
         change(weights)
         return weights
 
-    monkeypatch.setattr(quantize, "twin_weights", wrong)
+    monkeypatch.setattr(twin, "twin_weights", wrong)
     whole, sketched = (judged(model, path, bounds) for path in model[1:])
     first = [next(verdict for verdict in found if verdict.outcome is Outcome.FAIL) for found in (whole, sketched)]
     assert [verdict.seam for verdict in first] == [seam, seam]
