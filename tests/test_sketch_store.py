@@ -137,3 +137,12 @@ def test_what_is_no_sketch_of_this_version_is_refused(oracle, folder, tmp_path, 
     held.write_bytes(held.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(HarnessError, match="sha256 differs"):
         _ = open_oracle(copy).case("text").trace
+
+
+def test_what_a_killed_run_left_is_cleared(oracle: Oracle, tmp_path: Path) -> None:
+    left = tmp_path / ".s.unfinished" / "cases"
+    left.mkdir(parents=True)
+    (left.parent / "manifest.json").write_text("{")
+    write_sketch(oracle, tmp_path / "s")
+    assert not left.parent.exists() and not (tmp_path / "s" / "manifest.json").exists()
+    assert open_oracle(tmp_path / "s").cases == oracle.cases

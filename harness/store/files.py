@@ -92,10 +92,10 @@ def disk_errors(where: Path, needed: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise HarnessError(f"cannot be written ({error.strerror})", where=where) from error
-        free = shutil.disk_usage(where).free
+        free = shutil.disk_usage(next(place for place in (where, *where.absolute().parents) if place.exists())).free
         raise HarnessError(f"no space left on the disk: the next file needs {needed / 2**20:.1f} MiB, "
                            f"{free / 2**20:.1f} MiB are free", where=where,
-                           fix="make space or record elsewhere; finished cases are kept") from error
+                           fix="make space (or room for files: `df -i`), or record elsewhere; finished cases are kept") from error
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -24,7 +23,7 @@ from harness.cases import FrozenInputs
 from harness.checkpoint import read_json
 from harness.errors import HarnessError, within
 from harness.sketch import Sketch, fingerprint, make, seed_of
-from harness.store.files import disk_errors, write_json, write_tensors
+from harness.store.files import disk_errors, lock, write_json, write_tensors
 from harness.store.identity import SCHEMA, need
 from harness.store.reader import INPUTS, ROLLOUT, Oracle, OracleCase, case_digest
 from harness.trace import Trace
@@ -128,19 +127,22 @@ def write_sketch(oracle: Oracle, folder: Path) -> str:
         raise HarnessError("is a sketch already", where=oracle.path, fix="give a recorded oracle")
     if folder.exists():
         raise HarnessError("is already there", where=folder, fix="give another folder, or remove it")
+    draft = folder.with_name(f".{folder.name}.unfinished")
     with disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        draft.mkdir(parents=True, exist_ok=True)
+    held = lock(draft)
     try:
+        for leftover in draft.iterdir():  # of a run that was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_json(draft / MANIFEST, {"schema": SCHEMA, "identity": oracle.identity.record(), "of": oracle.digest,
                                       "projections": fingerprint()})
         for name in oracle.cases:
             with within(name):
                 _write_case(oracle.case(name), oracle.digest, draft / "cases" / name)
-        os.chmod(draft, 0o755)
         with disk_errors(folder.parent):
             os.rename(draft, folder)
     finally:
+        os.close(held)
         shutil.rmtree(draft, ignore_errors=True)
     before, after = (sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
                      for root in (oracle.path, folder))
