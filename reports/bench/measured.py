@@ -48,6 +48,11 @@ def run(name: str, command: list[str]) -> dict[str, Any]:
     return found
 
 
+def written(held: dict[str, Any]) -> str:
+    """As JSON, each sample of memory on one line."""
+    return re.sub(r"\[\s+([\d.]+),\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2, \3]", json.dumps(held, indent=1)) + "\n"
+
+
 def machine() -> dict[str, Any]:
     """Where and when, and how busy it was."""
     import torch

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measured import ROOT, machine, run
+from measured import ROOT, machine, run, written
 
 CASE = "scene-211"
 
@@ -188,7 +188,7 @@ def main() -> None:
             found = baseline(given, name, draft) if whole else recording(given, name, draft, Path(scratch), held["runs"])
             cold = "-cold" if given.cold else ""
             held["runs"][name if whole else f"{name}-{given.kind}-{given.cases}{cold}"] = found
-            given.out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+            given.out.write_text(written(held), encoding="utf-8")
 
 
 def baseline(given: argparse.Namespace, name: str, draft: Path) -> dict:
