@@ -9,7 +9,7 @@ from harness.cases import FrozenInputs
 from harness.errors import HarnessError
 from harness.geometry import Geometry
 from harness.oracle.drain import PENDING
-from harness.streaming.room import DEFAULT, LIBRARIES, gib, resident
+from harness.streaming.room import DEFAULT, LIBRARIES, gib, inner_values, resident
 from harness.streaming.stages import Stage, head_rows
 
 __all__ = ["DEFAULT", "Plan", "gib", "plan"]
@@ -83,12 +83,7 @@ def _stream(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:
 def _inside(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:
     """Intermediate values of the widest stage, all of them at once, scores of attention included."""
     tokens, patches = _shape(inputs, decode)
-    decoder = tokens * (4 * geometry.heads * geometry.head_dim + 4 * geometry.intermediate + 4 * geometry.hidden) \
-        + 2 * geometry.heads * tokens**2
-    vision = patches * (8 * geometry.vision_hidden + 3 * geometry.vision_intermediate) \
-        + 2 * geometry.vision_heads * patches**2
-    rows = tokens * head_rows(geometry)
-    return 4 * max(decoder, vision, rows)
+    return 4 * max(*inner_values(geometry, tokens, patches, tokens, 2), tokens * head_rows(geometry))
 
 
 def _cache(geometry: Geometry, inputs: FrozenInputs, decode: int) -> int:

@@ -41,6 +41,16 @@ class Load:
     logits: int
 
 
+def inner_values(geometry: Geometry, tokens: int, patches: int, keys: int, scores: int) -> tuple[int, int]:
+    """Intermediate values of a decoder layer and of a vision block, all of each at once; scores: how many times attention
+    holds its [heads, tokens, keys]."""
+    decoder = tokens * (4 * geometry.heads * geometry.head_dim + 4 * geometry.intermediate + 4 * geometry.hidden) \
+        + scores * geometry.heads * tokens * keys
+    vision = patches * (8 * geometry.vision_hidden + 3 * geometry.vision_intermediate) \
+        + scores * geometry.vision_heads * patches**2
+    return decoder, vision
+
+
 def load(geometry: Geometry, tokens: int, patches: int = 0, context: int | None = None, layers: int | None = None) -> Load:
     """Of a call of so many tokens with an image of so many patches (or none), behind a cache of `context` slots.
 
@@ -50,10 +60,7 @@ def load(geometry: Geometry, tokens: int, patches: int = 0, context: int | None 
     cache = 2 * depth * geometry.kv_heads * geometry.head_dim * (tokens if context is None else context)
     image = patches * (2 * geometry.patch_features + 3 * geometry.vision_hidden) \
         + patches // geometry.merge**2 * geometry.hidden * (2 + len(geometry.deepstack_taps))
-    decoder = tokens * (4 * geometry.heads * geometry.head_dim + 4 * geometry.intermediate + 4 * geometry.hidden) \
-        + 4 * geometry.heads * tokens * (context or tokens)
-    vision = patches * (8 * geometry.vision_hidden + 3 * geometry.vision_intermediate) \
-        + 4 * geometry.vision_heads * patches**2
+    decoder, vision = inner_values(geometry, tokens, patches, context or tokens, 4)
     logits = 4 * tokens * geometry.vocab
     return Load(4 * (cache + image + 3 * tokens * geometry.hidden + 4 * tokens * geometry.head_dim),
                 max(4 * decoder, 4 * vision, JUDGED * logits), logits)

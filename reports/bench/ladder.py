@@ -4,13 +4,16 @@
 
 Both read every weight once; the ladder computes each layer twice (on the oracle's values and on the graph's own) and takes
 all distances of each seam. A text case of some 210 tokens, so that nothing but the decoder runs; forward and ladder take
-turns in one process. The oracle is recorded first where DIR does not hold it.
+turns in one process, then the ladder runs once more under cProfile ("profiled": its seconds, and those of F.linear). The
+oracle is recorded first where DIR does not hold it.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import tempfile
 import time
@@ -57,7 +60,7 @@ def measure(root: Path, cases: Path, oracle: Path, rounds: int) -> dict:
     checkpoint = open_checkpoint(str(root))
     if checkpoint.weight_bytes() <= LARGE:
         raise SystemExit("this checkpoint does not stream")
-    record(checkpoint, load_cases(cases), oracle, drafts={"long-text": [1] * 24})
+    record(checkpoint, load_cases(cases), oracle)
     subject = Subject(Options(checkpoint=str(root), oracle=oracle, cases=cases))
     conversion = subject.conversion(subject.grid("long-text"))
     assert isinstance(conversion, StreamedReference)
@@ -67,6 +70,10 @@ def measure(root: Path, cases: Path, oracle: Path, rounds: int) -> dict:
     for _ in range(rounds):
         spent["forward"].append(seconds(lambda: together([conversion], [lambda: next(engine.run([request]))])))
         spent["ladder"].append(seconds(lambda: swept._Sweep(subject).run()))
+    profile, sweep = cProfile.Profile(), swept._Sweep(subject)
+    took = seconds(lambda: profile.runcall(sweep.run))
+    products = sum(row[2] for (_, _, name), row in pstats.Stats(profile).stats.items() if "_nn.linear" in name)
+    spent["profiled"] = [took, round(products, 2)]
     return {"tokens": len(subject.sequence("long-text")), "seams": len(swept._Sweep(subject).stream), **spent,
             "ratio": round(statistics.median(spent["ladder"]) / statistics.median(spent["forward"]), 2)}
 
